@@ -1,0 +1,23 @@
+"""The model: configuration, attention of the three kinds, causal language model; registered with transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from difftune.modeling.configuration import DiffTransformerConfig
+from difftune.modeling.modeling import (
+    DiffCausalLMOutput,
+    DiffTransformerForCausalLM,
+    DiffTransformerModel,
+    count_parameters,
+)
+
+AutoConfig.register("difftune", DiffTransformerConfig, exist_ok=True)
+AutoModel.register(DiffTransformerConfig, DiffTransformerModel, exist_ok=True)
+AutoModelForCausalLM.register(DiffTransformerConfig, DiffTransformerForCausalLM, exist_ok=True)
+
+__all__ = [
+    "DiffCausalLMOutput",
+    "DiffTransformerConfig",
+    "DiffTransformerForCausalLM",
+    "DiffTransformerModel",
+    "count_parameters",
+]

@@ -1,0 +1,103 @@
+"""The parts of a block that are not attention: norms, rotation, gated unit."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from difftune.modeling.configuration import DiffTransformerConfig
+
+# Cosines and sines of every position, with every scaling that transformers knows (linear, dynamic, yarn, llama3, ...).
+RotaryEmbedding = LlamaRotaryEmbedding
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis.
+
+    Args:
+        size: Length of the last axis.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as ``x``."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def extra_repr(self) -> str:
+        """Size and epsilon, for ``print(model)``."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class SubLayerNorm(nn.Module):
+    """The norm of each V1 head's output, and the constant that keeps its gradient at the baseline's scale.
+
+    ``(1 - lambda_init) * x / sqrt(mean(x^2) + eps) * weight``, with or without the weight (shared by the heads).
+
+    Source: arXiv:2410.05258, Eq. (3).
+
+    Args:
+        size: Width of a head's output, E.
+        eps: Added to the mean square.
+        scale: ``1 - lambda_init`` of the layer.
+        affine: Whether there is a weight.
+    """
+
+    def __init__(self, size: int, eps: float, scale: float, affine: bool) -> None:
+        super().__init__()
+        self.size, self.eps, self.scale = size, eps, scale
+        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as ``x``."""
+        weight = x.new_full((self.size,), self.scale) if self.weight is None else self.scale * self.weight.to(x.dtype)
+        return F.rms_norm(x, (self.size,), weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """Size, epsilon, scale and kind, for ``print(model)``."""
+        return f"{self.size}, eps={self.eps}, scale={self.scale:.4f}, affine={self.weight is not None}"
+
+
+class SwiGLU(nn.Module):
+    """``down(act(gate(x)) * up(x))``.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+    """
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape ``(..., C)`` to ``(..., C)``."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding, halves turned against one another (Llama's convention).
+
+    Args:
+        x: Heads, shape ``(B, T, ..., D)``.
+        rotary: Cosines and sines, each ``(B or 1, T, D)``, of which the two halves are equal.
+
+    Returns:
+        Same shape and dtype as ``x``.
+
+    Source:
+        Su et al., "RoFormer", arXiv:2104.09864, Eq. (34), with the pairs (i, i + D/2).
+    """
+    half = x.shape[-1] // 2
+    shape = (*rotary[0].shape[:2], *(1,) * (x.ndim - 3), half)
+    cos, sin = (part[..., :half].view(shape) for part in rotary)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,256 @@
+"""DiffTransformerForCausalLM: a Llama-like decoder whose attention is differential (or softmax, the baseline)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from difftune.modeling.attention import AttentionContext, build_attention
+from difftune.modeling.configuration import DiffTransformerConfig
+from difftune.modeling.lambdas import LambdaV1
+from difftune.modeling.layers import RMSNorm, RotaryEmbedding, SwiGLU
+from difftune.ops import Documents, linear_cross_entropy
+
+
+@dataclass
+class DiffCausalLMOutput(CausalLMOutputWithPast):
+    """Output of a forward: with labels the loss and no logits, without labels the logits.
+
+    Attributes:
+        loss: Mean cross entropy a label token in nats (``loss_sum`` over ``num_items_in_batch`` where given).
+        loss_sum: Sum over the label tokens, shape ``()``.
+        num_label_tokens: How many there are, int64, shape ``()``.
+    """
+
+    loss_sum: torch.Tensor | None = None
+    num_label_tokens: torch.Tensor | None = None
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: DiffTransformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = build_attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Hidden states ``(B, T, C)`` to ``(B, T, C)``."""
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DiffTransformerPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of our models."""
+
+    config_class = DiffTransformerConfig
+    config: DiffTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["lambda_full"]
+    # Backends are chosen by config.attention_backend; transformers' own dispatch is not used.
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LambdaV1):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=self.config.lambda_std_dev)
+
+
+class DiffTransformerModel(DiffTransformerPreTrainedModel):
+    """Embedding, layers and final norm.
+
+    Args:
+        config: The architecture.
+    """
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | Documents | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm; arguments as :meth:`DiffTransformerForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        documents = Documents(cu_seqlens) if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if documents is not None or (self.gradient_checkpointing and self.training):
+            if past_key_values is not None:
+                raise ValueError("a cache cannot be used with packed documents or gradient checkpointing")
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = _positions(x, past, documents)
+        context = AttentionContext(
+            rotary=self.rotary_emb(x, position_ids=position_ids),
+            key_padding_mask=_key_padding_mask(attention_mask, x.shape[0], x.shape[1], past),
+            documents=documents,
+            cache=past_key_values,
+        )
+        hidden_states = (x,)
+        for layer in self.layers:
+            x = layer(x, context)
+            if output_hidden_states:
+                hidden_states += (x,)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+        )
+
+
+class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin):
+    """A Differential Transformer language model.
+
+    Args:
+        config: The architecture.
+
+    Example:
+        >>> config = DiffTransformerConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                                num_attention_heads=4)
+        >>> DiffTransformerForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 32])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DiffTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = DiffTransformerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | Documents | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        z_loss: float = 0.0,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> DiffCausalLMOutput:
+        """Run the model.
+
+        Args:
+            input_ids: Tokens, shape ``(B, T)``.
+            attention_mask: 1 where a token is real, shape ``(B, past + T)``; masks of more axes are refused. Padding
+                on the right costs nothing: the causal mask hides it.
+            position_ids: Shape ``(B, T)``. Default: counted on from the cache, or from 0 in each document.
+            past_key_values: A transformers cache.
+            inputs_embeds: Embeddings instead of tokens, shape ``(B, T, C)``.
+            labels: Same positions as ``input_ids``, -100 where not learned, shape ``(B, T)``: the model shifts.
+            use_cache: Whether to return a cache. Default: the config's, never with labels or documents.
+            cu_seqlens: Cumulative lengths of packed documents over the flattened ``B * T`` tokens.
+            logits_to_keep: Compute the logits of the last so many positions only; 0 is all.
+            num_items_in_batch: Divide the loss by this count of label tokens instead of this batch's own.
+            z_loss: Weight of the squared log-partition in the loss.
+            output_hidden_states: Return the hidden states after the embedding and each layer, the last normed.
+            return_dict: Must stay True; a tuple would lose the names.
+
+        Returns:
+            With labels: ``loss``, ``loss_sum``, ``num_label_tokens`` and no logits, which are never held whole.
+            Without: ``logits`` of shape ``(B, T, V)``, and ``past_key_values``.
+
+        Raises:
+            ValueError: If arguments exclude one another, or a mask does not fit.
+        """
+        if not return_dict:
+            raise ValueError("return_dict=False is not supported: outputs are read by name")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        common = {"past_key_values": outputs.past_key_values, "hidden_states": outputs.hidden_states}
+        if labels is None:
+            return DiffCausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]), **common)
+        shifted = torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
+        loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, shifted, z_loss=z_loss)
+        loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return DiffCausalLMOutput(loss=loss, loss_sum=loss_sum, num_label_tokens=count, **common)
+
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:
+        """Keep the 2-D mask: transformers would make a 4-D one for caches of fixed size, which hides the padding."""
+        return attention_mask
+
+
+def _positions(x: torch.Tensor, past: int, documents: Documents | None) -> torch.Tensor:
+    if documents is None:
+        return torch.arange(past, past + x.shape[1], device=x.device)[None]
+    starts = documents.cu_seqlens[:-1].long().to(x.device)
+    positions = torch.arange(documents.num_tokens, device=x.device) - starts[documents.document_ids]
+    return positions.view(x.shape[0], -1)
+
+
+def _key_padding_mask(mask: torch.Tensor | None, rows: int, length: int, past: int) -> torch.Tensor | None:
+    """The mask that attention still needs, or None: padding on the right is hidden by the causal mask already."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or tuple(mask.shape) != (rows, past + length):
+        raise ValueError(
+            f"attention_mask must have shape ({rows}, {past + length}), 1 where a token is real, "
+            f"got {tuple(mask.shape)}; for packed documents give cu_seqlens"
+        )
+    real = mask.bool()
+    right_padded = past == 0 and bool((real[:, 1:] <= real[:, :-1]).all())
+    return None if right_padded or bool(real.all()) else real
+
+
+def count_parameters(model: nn.Module) -> dict[str, Any]:
+    """Parameters of a model: ``total``, ``trainable``, and ``lambda`` (those of the lambda modules)."""
+    named = list(model.named_parameters())
+    return {
+        "total": sum(p.numel() for _, p in named),
+        "trainable": sum(p.numel() for _, p in named if p.requires_grad),
+        "lambda": sum(p.numel() for name, p in named if "lambda_full" in name),
+    }
