@@ -1,0 +1,45 @@
+"""What every test shares: no network, fixed seeds, one thread, GPU tests that skip themselves, the data folder."""
+
+import os
+import random
+from pathlib import Path
+
+# Before torch and transformers are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Bitwise comparisons need the same split of the sums, whatever the machine.
+torch.set_num_threads(1)
+
+
+def shared_data() -> Path:
+    """Folder with real data sets, or skip: `$DIFFTUNE_DATA`, else `../shared/data` beside the project root."""
+    candidates = [Path(os.environ["DIFFTUNE_DATA"])] if "DIFFTUNE_DATA" in os.environ else []
+    candidates.append(ROOT.parent / "shared" / "data")
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"real data not found in {', '.join(map(str, candidates))}; set DIFFTUNE_DATA to its folder")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, so that none depends on which ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
