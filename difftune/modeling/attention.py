@@ -51,9 +51,7 @@ class Attention(nn.Module):
     def _input_projection(self, size: int) -> nn.Linear:
         return nn.Linear(self.config.hidden_size, size, bias=self.config.attention_bias)
 
-    def _cached(
-        self, k: torch.Tensor, v: torch.Tensor, cache: Cache | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cached(self, k: torch.Tensor, v: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys ``(B, T, G, width)`` and values to the cache; all keys and values so far, same layout."""
         if cache is None:
             return k, v

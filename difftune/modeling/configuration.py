@@ -1,8 +1,6 @@
 """The architecture of a model. Saved with the weights, and the one config object that modules read."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -59,7 +57,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "difftune"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta = 10000.0
 
     vocab_size: int = 32000
@@ -91,6 +89,16 @@ class DiffTransformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill the defaults that depend on other fields, then check what must fit together."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.num_key_value_heads is None:
             halved = self.attention == "diff_v2"
             self.num_key_value_heads = self.num_attention_heads // 2 if halved else self.num_attention_heads
@@ -126,9 +134,6 @@ class DiffTransformerConfig(PreTrainedConfig):
         _one_of("subln", self.subln, SUBLN_KINDS)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         assert kv_heads is not None and self.head_dim is not None
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs of dimensions")
         if self.attention != "softmax" and heads % 2:

@@ -10,8 +10,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from difftune.modeling.configuration import DiffTransformerConfig
 
-# Cosines and sines of every position, with every scaling that transformers knows (linear, dynamic, yarn, llama3, ...).
-RotaryEmbedding = LlamaRotaryEmbedding
+
+def build_rotary(config: DiffTransformerConfig) -> nn.Module:
+    """Cosines and sines of positions, with every scaling that transformers knows (linear, dynamic, yarn, llama3, ...).
+
+    Returns:
+        A module called as ``rotary(x, position_ids=positions)`` with positions ``(B or 1, T)``; it returns cosines and
+        sines, each ``(B or 1, T, D)``, in the dtype of ``x``.
+    """
+    # Llama's module reads head_dim, max_position_embeddings and rope_parameters of any config that has them.
+    return LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
 
 
 class RMSNorm(nn.Module):

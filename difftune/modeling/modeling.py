@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from difftune.modeling.attention import AttentionContext, build_attention
 from difftune.modeling.configuration import DiffTransformerConfig
 from difftune.modeling.lambdas import LambdaV1
-from difftune.modeling.layers import RMSNorm, RotaryEmbedding, SwiGLU
+from difftune.modeling.layers import RMSNorm, SwiGLU, build_rotary
 from difftune.ops import Documents, linear_cross_entropy
 
 
@@ -58,9 +58,9 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["lambda_full"]
+    _no_split_modules: list[str] | None = ["DecoderLayer"]
+    _skip_keys_device_placement: list[str] | None = ["past_key_values"]
+    _keep_in_fp32_modules_strict: list[str] | None = ["lambda_full"]
     # Backends are chosen by config.attention_backend; transformers' own dispatch is not used.
     _supports_sdpa = True
 
@@ -84,7 +84,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config=config)
+        self.rotary_emb = build_rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -104,6 +104,8 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         documents = Documents(cu_seqlens) if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+        if documents is not None:
+            documents.check(*x.shape[:2])
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if documents is not None or (self.gradient_checkpointing and self.training):
             if past_key_values is not None:
@@ -120,7 +122,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             documents=documents,
             cache=past_key_values,
         )
-        hidden_states = (x,)
+        hidden_states: tuple[torch.Tensor, ...] = (x,)
         for layer in self.layers:
             x = layer(x, context)
             if output_hidden_states:
@@ -146,7 +148,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         torch.Size([1, 3, 32])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DiffTransformerConfig) -> None:
         super().__init__(config)
@@ -216,7 +218,6 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, shifted, z_loss=z_loss)
         loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return DiffCausalLMOutput(loss=loss, loss_sum=loss_sum, num_label_tokens=count, **common)
-
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:

@@ -31,7 +31,8 @@ class SoftmaxAttention(Protocol):
         key_padding_mask: torch.Tensor | None,
         documents: Documents | None,
         scale: float,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """``softmax(q k^T * scale) v``, shape ``(B, T, N, E)``."""
 
 
 def diff_attention(

@@ -9,6 +9,7 @@ mask no real token sees it.
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +21,11 @@ BUCKET_RATIO = 0.8
 
 
 class Bucket(NamedTuple):
-    """Documents of similar length: ``count`` rows of ``length`` slots, from ``start`` in the regrouped tokens."""
+    """Documents of similar length: ``rows`` rows of ``width`` slots, from ``start`` in the regrouped tokens."""
 
     start: int
-    count: int
-    length: int
+    rows: int
+    width: int
     lengths: list[int]
 
 
@@ -52,7 +53,7 @@ class Documents:
                 f"of shape {tuple(cu_seqlens.shape)}"
             )
         ends = cu_seqlens.tolist()
-        self.lengths: list[int] = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        self.lengths: list[int] = [end - start for start, end in pairwise(ends)]
         if ends[0] != 0 or min(self.lengths) <= 0:
             raise ValueError(f"cu_seqlens must begin with 0 and increase strictly, got {_shorten(ends)}")
         self.cu_seqlens = cu_seqlens.to(torch.int32)
@@ -95,7 +96,7 @@ class Documents:
             if i == len(ordered) or ordered[i] < BUCKET_RATIO * ordered[first]:
                 bucket = Bucket(start, i - first, ordered[first], ordered[first:i])
                 buckets.append(bucket)
-                start += bucket.count * bucket.length
+                start += bucket.rows * bucket.width
                 first = i
         return buckets
 
@@ -110,10 +111,10 @@ class Documents:
         slots = np.empty(self.num_tokens, dtype=np.int64)
         documents = iter(self._order)
         for bucket in self.buckets:
-            which = [next(documents) for _ in range(bucket.count)]
+            which = [next(documents) for _ in range(bucket.rows)]
             starts = np.array([self._starts[i] for i in which])[:, None]
             lengths = np.array(bucket.lengths)[:, None]
-            offsets = np.arange(bucket.length)[None, :]
+            offsets = np.arange(bucket.width)[None, :]
             token = starts + np.minimum(offsets, lengths - 1)
             slot = bucket.start + np.arange(token.size).reshape(token.shape)
             real = offsets < lengths

@@ -55,7 +55,9 @@ def linear_cross_entropy(
         0.6931
     """
     if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden (..., C) and weight (V, C) must agree, got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"hidden (..., C) and weight (V, C) must agree, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
@@ -66,7 +68,8 @@ def linear_cross_entropy(
         hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= weight.shape[0]):
         raise ValueError(
-            f"labels must be in [0, {weight.shape[0]}) or {ignore_index}, got {int(labels.min())} to {int(labels.max())}"
+            f"labels must be in [0, {weight.shape[0]}) or {ignore_index}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
         )
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -40,14 +40,15 @@ def _by_document(
     rows = q.shape[0]
     q, k, v = documents.group(q), documents.group(k), documents.group(v)
     parts = []
-    for start, count, length, lengths in documents.buckets:
-        window = slice(start, start + count * length)
-        bucket = [x[window].unflatten(0, (count, length)) for x in (q, k, v)]
+    for start, bucket_rows, width, lengths in documents.buckets:
+        window = slice(start, start + bucket_rows * width)
+        shape = (bucket_rows, width)
         mask = None
-        if not causal and lengths[-1] < length:
-            real = torch.arange(length, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+        if not causal and lengths[-1] < width:
+            real = torch.arange(width, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
             mask = real[:, None, None, :]
-        parts.append(_fused(*bucket, mask, causal, scale).flatten(0, 1))
+        bucket_q, bucket_k, bucket_v = (x[window].unflatten(0, shape) for x in (q, k, v))
+        parts.append(_fused(bucket_q, bucket_k, bucket_v, mask, causal, scale).flatten(0, 1))
     return documents.ungroup(torch.cat(parts), rows)
 
 

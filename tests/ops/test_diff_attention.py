@@ -64,8 +64,11 @@ def check(inputs, backend, **masks):
     ]
     scales = {name: max(of_map[name] for of_map in of_pair) for name in ("dq", "dk")}
     scales["dlam"] = of_pair[1]["dlam"]
-    values = v.abs().repeat_interleave(q.shape[2] // v.shape[2], 2)
-    scales["out"] = torch.einsum("bhts,bshe->bthe", maps[0] + lam.max() * maps[1], values).max().item()
+    groups = q.shape[2] // v.shape[2]
+    both = maps[0] + lam.max() * maps[1]
+    scales["out"] = torch.einsum("bhts,bshe->bthe", both, v.abs().repeat_interleave(groups, 2)).max().item()
+    dv = torch.einsum("bhts,bthe->bshe", both, cotangent.double().abs()).unflatten(2, (-1, groups)).sum(3)
+    scales["dv"] = dv.max().item()
     for name, a, p, t in zip(["out", "dq", "dk", "dv", "dlam"], actual, plain, truth, strict=True):
         assert_within_budget(name, a, p, t, scales.get(name))
 
@@ -136,9 +139,7 @@ def test_softmax_attention_equals_the_equation(shape):
     cotangent = torch.randn(B, T, H, D)
 
     def run(tensors, backend):
-        return outputs_and_gradients(
-            lambda q, k, v: softmax_attention(q, k, v, backend=backend), tensors, cotangent
-        )
+        return outputs_and_gradients(lambda q, k, v: softmax_attention(q, k, v, backend=backend), tensors, cotangent)
 
     q, k, v = (x.double() for x in inputs)
     maps, _ = reference_maps(q[..., None, :].expand(-1, -1, -1, 2, -1), k[..., None, :])

@@ -24,8 +24,8 @@ def test_buckets_hold_every_document_and_pad_at_most_a_fifth():
     lengths = [100, 99, 81, 80, 79, 50, 41, 40, 10, 9, 8, 1]
     buckets = documents_of(lengths).buckets
     assert sorted((n for b in buckets for n in b.lengths), reverse=True) == lengths
-    assert all(n >= 0.8 * b.length for b in buckets for n in b.lengths)
-    assert [b.start for b in buckets[1:]] == [b.start + b.count * b.length for b in buckets[:-1]]
+    assert all(n >= 0.8 * b.width for b in buckets for n in b.lengths)
+    assert [b.start for b in buckets[1:]] == [b.start + b.rows * b.width for b in buckets[:-1]]
 
 
 def test_document_ids_count_the_documents():

@@ -16,9 +16,7 @@ def stand_in(returns_tuple):
         out = reference_softmax_attention(q.float(), k.float(), v.float(), causal=causal, scale=softmax_scale)
         return (out.to(q.dtype), None) if returns_tuple else out.to(q.dtype)
 
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
-    ):
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
         assert cu_seqlens_q.dtype == torch.int32 and q.ndim == 3
         parts = []
         for i in range(len(cu_seqlens_q) - 1):
@@ -57,7 +55,13 @@ def masks_of(name, T, S):
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 @pytest.mark.parametrize(
     ("mask", "T", "S"),
-    [("none", 12, 12), ("none", 1, 12), ("documents", 12, 12), ("left-padded", 12, 12), ("left-padded", 1, 12)],
+    [
+        ("none", 12, 12),
+        ("none", 1, 12),
+        ("documents", 12, 12),
+        ("left-padded", 12, 12),
+        ("left-padded", 1, 12),
+    ],
 )
 def test_composition_equals_the_reference(installed, kind, mask, T, S):
     q, k, v, lam = make_inputs(kind, T, S)
@@ -89,7 +93,7 @@ def test_a_broken_flash_attn_shows_its_own_error(monkeypatch, tmp_path):
 
 def test_float32_is_refused_not_cast(installed):
     q, k, v, lam = (x.float() for x in make_inputs("v1"))
-    with pytest.raises(ValueError, match="takes float16 or bfloat16, got torch.float32"):
+    with pytest.raises(ValueError, match=r"takes float16 or bfloat16, got torch\.float32"):
         diff_attention(q, k, v, lam, backend="flash")
 
 

@@ -88,8 +88,18 @@ def test_autocast_decides_the_dtype_of_the_products():
     ("hidden", "weight", "labels", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(5, 4), torch.tensor([0, 1]), "must agree"),
-        (torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0]), r"labels must have shape \(2,\), got \(1,\)"),
-        (torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 5]), r"labels must be in \[0, 5\) or -100, got 0 to 5"),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(5, 4),
+            torch.tensor([0]),
+            r"labels must have shape \(2,\), got \(1,\)",
+        ),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(5, 4),
+            torch.tensor([0, 5]),
+            r"labels must be in \[0, 5\) or -100, got 0 to 5",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(hidden, weight, labels, message):

@@ -14,8 +14,14 @@ GOOD = {
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"q": torch.zeros(2, 4, 4, 3, 8)}, r"q must have shape \(batch, T, H, 2, D\), got \(2, 4, 4, 3, 8\)"),
-        ({"k": torch.zeros(2, 4, 2, 2, 6)}, r"k must have shape \(2, S, G, 2 or 1, 8\), got \(2, 4, 2, 2, 6\)"),
+        (
+            {"q": torch.zeros(2, 4, 4, 3, 8)},
+            r"q must have shape \(batch, T, H, 2, D\), got \(2, 4, 4, 3, 8\)",
+        ),
+        (
+            {"k": torch.zeros(2, 4, 2, 2, 6)},
+            r"k must have shape \(2, S, G, 2 or 1, 8\), got \(2, 4, 2, 2, 6\)",
+        ),
         ({"v": torch.zeros(2, 4, 4, 16)}, r"v must have shape \(2, 4, 2, E\), got \(2, 4, 4, 16\)"),
         ({"q": torch.zeros(2, 4, 3, 2, 8)}, r"query heads \(3\) must be a multiple of key/value heads \(2\)"),
         ({"lam": torch.zeros(2)}, r"lam must have shape \(\), \(4,\) or \(2, 4, 4\), got \(2,\)"),
