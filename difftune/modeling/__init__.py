@@ -7,6 +7,7 @@ from difftune.modeling.modeling import (
     DiffCausalLMOutput,
     DiffTransformerForCausalLM,
     DiffTransformerModel,
+    cast_weights,
     count_parameters,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "DiffTransformerConfig",
     "DiffTransformerForCausalLM",
     "DiffTransformerModel",
+    "cast_weights",
     "count_parameters",
 ]

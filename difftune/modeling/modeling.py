@@ -219,6 +219,21 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return DiffCausalLMOutput(loss=loss, loss_sum=loss_sum, num_label_tokens=count, **common)
 
+    def extend_context(
+        self, *, max_position_embeddings: int | None = None, rope_parameters: dict[str, Any] | None = None
+    ) -> None:
+        """Change how far and how the rotary embeddings reach; the weights stay, and the config says so.
+
+        Args:
+            max_position_embeddings: Longest sequence, in tokens. Default: unchanged.
+            rope_parameters: As in the config. Default: unchanged.
+        """
+        if max_position_embeddings is not None:
+            self.config.max_position_embeddings = max_position_embeddings
+        if rope_parameters is not None:
+            self.config.rope_parameters = dict(rope_parameters)
+        self.model.rotary_emb = build_rotary(self.config).to(self.device)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:
         """Keep the 2-D mask: transformers would make a 4-D one for caches of fixed size, which hides the padding."""
@@ -247,7 +262,15 @@ def _key_padding_mask(mask: torch.Tensor | None, rows: int, length: int, past: i
     return None if right_padded or bool(real.all()) else real
 
 
-def count_parameters(model: nn.Module) -> dict[str, Any]:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the floating-point weights in place, but lambda, which stays in float32; returns the model."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "lambda_full" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of a model: ``total``, ``trainable``, and ``lambda`` (those of the lambda modules)."""
     named = list(model.named_parameters())
     return {

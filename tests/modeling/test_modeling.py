@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from tests.modeling.test_attention import KINDS, build
 
 
@@ -180,6 +180,24 @@ def test_bfloat16_autocast_trains():
         loss = model(x, labels=x).loss
     loss.backward()
     assert loss.dtype == torch.float32 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_casting_leaves_lambda_in_float32():
+    for kind in ("diff_v1", "diff_v2"):
+        model = cast_weights(build(kind), torch.bfloat16)
+        dtypes = {("lambda_full" in name, p.dtype) for name, p in model.named_parameters()}
+        assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_extending_the_context_equals_building_with_it():
+    rope = {"rope_type": "default", "rope_theta": 640000.0}
+    model, x = build("diff_v1"), tokens(1, 20)
+    longer = build("diff_v1", rope_parameters=rope, max_position_embeddings=65536)
+    longer.load_state_dict(model.state_dict())
+    before = model(x).logits
+    model.extend_context(rope_parameters=rope, max_position_embeddings=65536)
+    assert torch.equal(model(x).logits, longer(x).logits) and not torch.equal(before, longer(x).logits)
+    assert model.config.max_position_embeddings == 65536 and model.config.rope_parameters == rope
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""`fit --dry-run`: what a run would learn, whether it fits, and one step of it. Writes nothing."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.text import Text
+
+from difftune.data.datamodule import SFTDataModule
+from difftune.environment import total_memory_bytes
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.training.callbacks import peak_memory_gib
+from difftune.training.finetune import FinetuneModule
+
+# Weights, gradients and two moments of AdamW, all in the dtype of the weights.
+_COPIES = 4
+
+
+def report_size(console: Console, config: DiffTransformerConfig, dtype: torch.dtype) -> bool:
+    """Print parameters and training memory of an architecture; return whether it is too large for this machine.
+
+    Activations come on top: a step that is said to fit can still run out of memory.
+    """
+    with torch.device("meta"):
+        model = DiffTransformerForCausalLM(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    needed = _COPIES * count * dtype.itemsize
+    device, available = _memory()
+    console.print(
+        f"{count:,} parameters; weights, gradients and optimiser need {needed / 2**30:.1f} GiB of the "
+        f"{available / 2**30:.1f} GiB of this {device}",
+        highlight=False,
+    )
+    return needed > 0.8 * available
+
+
+def dry_run_stage(
+    console: Console, name: str, model: DiffTransformerForCausalLM, data: SFTDataModule, module: FinetuneModule
+) -> None:
+    """Print the statistics and one sample of a stage's data, then take one optimiser step on one micro-batch.
+
+    Args:
+        console: Where to.
+        name: Of the stage.
+        model: What is trained; on the meta device if it is too large, and then no step is taken.
+        data: The stage's data.
+        module: The stage's module, around ``model``.
+    """
+    console.rule(f"stage {name}", align="left")
+    console.print(data.prepare().table(), highlight=False)
+    console.print("\none row of a batch; what is learned is [black on green]marked[/]:")
+    text = Text()
+    for part, is_learned in data.sample(0):
+        text.append(part, style="black on green" if is_learned else "dim")
+    console.print(text)
+    if model.device.type == "meta":
+        console.print(
+            "\n[yellow]No step was taken: the model does not fit this machine. Everything else was built.[/] "
+            "Try fewer layers (model.num_hidden_layers=2) to see one step.",
+            highlight=False,
+        )
+        return
+    started = time.perf_counter()
+    trainer = Trainer(
+        max_steps=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        devices=1,
+        gradient_clip_val=1.0,
+    )
+    trainer.fit(module, data)
+    loss, norm = module.logged["train/loss"], module.logged["train/grad_norm"]
+    console.print(
+        f"\none step on one micro-batch: loss {loss:.4f} nats a label token, gradient norm {norm:.3f}, "
+        f"{time.perf_counter() - started:.1f} s with start-up, peak memory {peak_memory_gib(module.device):.2f} GiB",
+        highlight=False,
+    )
+
+
+def _memory() -> tuple[str, int]:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
+    return "machine", total_memory_bytes()

@@ -1,0 +1,1 @@
+"""What a run came to, read from its folder. Imports nothing else of difftune."""

@@ -1,0 +1,54 @@
+"""Accuracies of a run as a table: before training and after each stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, each with step, tokens, name, value, stage and time."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def accuracies(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The first evaluation of the first stage and the last one of each stage, by task.
+
+    Returns:
+        Dicts with ``when``, ``task``, ``step`` and the logged ``accuracy``, ``accuracy_low``, ``accuracy_high``, ``n``.
+    """
+    evaluations: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for line in read_metrics(run_dir):
+        if line["name"].startswith("eval/"):
+            task, figure = line["name"].removeprefix("eval/").rsplit("/", 1)
+            evaluations.setdefault((line["stage"], task, line["step"]), {})[figure] = line["value"]
+    stages = list(dict.fromkeys(stage for stage, _, _ in evaluations))
+    rows = []
+    for stage in stages:
+        for task in dict.fromkeys(name for of_stage, name, _ in evaluations if of_stage == stage):
+            steps = sorted(step for of_stage, name, step in evaluations if (of_stage, name) == (stage, task))
+            chosen = [("before training", steps[0])] if stage == stages[0] and steps[0] == 0 else []
+            if steps[-1] > 0:
+                chosen.append((f"after {stage}", steps[-1]))
+            rows += [{"when": when, "task": task, "step": step, **evaluations[stage, task, step]} for when, step in chosen]
+    return rows
+
+
+def accuracy_table(run_dir: str | Path) -> Table | None:
+    """The table that ends a run; None where nothing was evaluated."""
+    rows = accuracies(run_dir)
+    if not rows:
+        return None
+    table = Table(title="accuracy on held-out problems", title_justify="left")
+    for column in ("", "task", "step", "accuracy", "95% interval", "n"):
+        table.add_column(column, justify="left" if column in ("", "task") else "right")
+    for row in rows:
+        interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        table.add_row(row["when"], row["task"], str(row["step"]), f"{row['accuracy']:.3f}", interval, f"{row['n']:.0f}")
+    return table
