@@ -1,0 +1,59 @@
+# Every target sets up what it needs: `make quickstart` on a fresh clone installs first.
+PYTHON ?= python3
+VENV ?= .venv
+# Extra words for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu for a CPU build of torch.
+PIP_ARGS ?=
+# Test processes. Each holds torch and Lightning, about 1.5 GB.
+WORKERS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.difftune-ready
+
+.PHONY: help setup quickstart test check format gpu bench docs clean
+
+help:
+	@echo "make setup       virtual environment with difftune and the development tools, in $(VENV)"
+	@echo "make quickstart  train, evaluate and export a small model on the CPU, in minutes"
+	@echo "make test        the test suite (no network, no GPU)"
+	@echo "make check       formatting, lint and types; 'make format' mends what can be mended"
+	@echo "make gpu         the tests that need a CUDA device"
+	@echo "make bench       memory and speed against transformers and TRL"
+	@echo "make docs        write docs/reference/config.md anew"
+
+setup: $(READY)
+
+# torch first and alone: pip then takes the tested version, and with PIP_ARGS the CPU build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("difftune needs Python 3.10 or later; call make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/difftune fit --config recipes/quickstart.yaml
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+gpu: $(READY)
+	$(BIN)/pytest -m gpu
+
+bench: $(READY)
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.train
+
+docs: $(READY)
+	$(BIN)/python -m difftune.config_text > docs/reference/config.md
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Measurements against a named baseline: `python -m benchmarks.<name>` prints one table."""

@@ -1,0 +1,235 @@
+"""Write a model for the rest of the world: one folder, complete and verified, or nothing at all."""
+
+import copy
+import math
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+import difftune
+from difftune.checkpoints.diffllama import config_to_diffllama, export_diffllama
+from difftune.modeling import DiffTransformerForCausalLM
+
+# Largest accepted difference of two logits, as a share of the largest logit (at least 1): float32 rounding through the
+# layers stays well below, a wrong permutation is orders of magnitude above. It serves float64 models too, since
+# transformers computes norms and lambda in float32 whatever the dtype of the model.
+RELATIVE_BUDGET = 2e-5
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What :func:`export_model` wrote and measured."""
+
+    path: Path
+    """The finished folder."""
+    format: str
+    """``difftune`` or ``diffllama``."""
+    reloaded_as: str | None
+    """Class that reloaded the folder for the comparison; None if it was not verified."""
+    max_abs_difference: float | None
+    """Largest difference of two logits between the model and its reloaded export; None if not verified."""
+    budget: float | None
+    """What the difference had to stay within; None if not verified."""
+
+    def __str__(self) -> str:
+        """One line for the terminal and the model card."""
+        if self.max_abs_difference is None:
+            return f"{self.path}: {self.format}, not verified"
+        return (
+            f"{self.path}: {self.format}, reloaded as {self.reloaded_as}, "
+            f"logits differ by at most {self.max_abs_difference:.2e} (budget {self.budget:.2e})"
+        )
+
+
+def export_model(
+    model: DiffTransformerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out_dir: str | Path,
+    format: str = "diffllama",
+    *,
+    verify: bool = True,
+    overwrite: bool = False,
+    source: str | None = None,
+) -> ExportReport:
+    """Write model, tokenizer, generation config and a model card to a folder that others load.
+
+    The folder is written under a temporary name beside its place, reloaded from disk through the class that
+    its readers will use, compared by logits in float32 (float64 for a float64 model), and only then renamed.
+    On any error nothing is left behind, and a folder that was to be overwritten is untouched.
+
+    Args:
+        model: To be exported; not changed.
+        tokenizer: Saved beside it; None for a model without one.
+        out_dir: The folder to make.
+        format: ``diffllama`` (plain transformers loads it) or ``difftune`` (needs this package, keeps every variant).
+        verify: Reload and compare. Needs memory for a second copy of the model, a third if it is not float32.
+        overwrite: Replace an existing model folder.
+        source: Where the model comes from, for the card. Default: the name it was loaded by.
+
+    Returns:
+        What was written, and the largest difference measured.
+
+    Raises:
+        ValueError: If the format is unknown, the folder exists, the tokenizer has more tokens than the model,
+            the format cannot express the model, or the reloaded model differs by more than the budget.
+
+    Source:
+        transformers ``models/diffllama/modeling_diffllama.py`` for the foreign class.
+
+    Example:
+        >>> print(export_model(model, tokenizer, "export", format="diffllama"))  # doctest: +SKIP
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"unknown export format {format!r}: choose one of {', '.join(sorted(_WRITERS))}")
+    if not isinstance(model, DiffTransformerForCausalLM):
+        raise ValueError(
+            f"only a DiffTransformerForCausalLM can be exported, got {type(model).__name__}: "
+            "unwrap it, and merge adapters, first"
+        )
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
+            "export it with the tokenizer that it was trained with"
+        )
+    if format == "diffllama":
+        config_to_diffllama(model.config)  # refuse before anything is written
+    target = Path(out_dir).expanduser().absolute()
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        written = work / target.name
+        _WRITERS[format](model, written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        reloaded_as, difference, budget = _compare(model, written) if verify else (None, None, None)
+        report = ExportReport(target, format, reloaded_as, difference, budget)
+        (written / "README.md").write_text(_model_card(model, report, source), encoding="utf-8")
+        _put_in_place(written, target, work / "replaced")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _write_difftune(model: DiffTransformerForCausalLM, folder: Path) -> None:
+    """Write the model's own format."""
+    model.save_pretrained(folder)
+
+
+_WRITERS: dict[str, Callable[[DiffTransformerForCausalLM, Path], None]] = {
+    "difftune": _write_difftune,
+    "diffllama": export_diffllama,
+}
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raise unless the folder may be made or replaced."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists: choose another folder, or overwrite=True to replace it")
+    if not (target / "config.json").is_file():
+        raise ValueError(
+            f"{target} is not a model folder (no config.json), so it is not overwritten: remove it yourself"
+        )
+
+
+def _put_in_place(written: Path, target: Path, replaced: Path) -> None:
+    """Rename the finished folder to its place; the one that stood there survives a failure."""
+    if target.exists():
+        target.rename(replaced)
+    try:
+        written.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+
+
+def _compare(model: DiffTransformerForCausalLM, folder: Path) -> tuple[str, float, float]:
+    """Reload ``folder`` with transformers alone and compare logits; returns class name, difference, budget."""
+    ours = _full_precision_on_cpu(model)
+    auto: Any = AutoModelForCausalLM  # its stub does not know output_loading_info
+    reloaded, info = auto.from_pretrained(folder, dtype=ours.dtype, output_loading_info=True)
+    wrong = {what: names for what, names in info.items() if names}
+    if wrong:
+        raise ValueError(f"{type(reloaded).__name__} does not find its tensors in the export: {wrong}")
+    tokens = min(64, model.config.max_position_embeddings)
+    input_ids = torch.randint(model.config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours(input_ids=input_ids, use_cache=False).logits
+        actual = reloaded(input_ids=input_ids, use_cache=False).logits
+    difference = (actual - expected).abs().max().item()
+    budget = RELATIVE_BUDGET * max(1.0, expected.abs().max().item())
+    # Written so that NaN, which compares as False, is an error too.
+    if not (math.isfinite(difference) and difference <= budget):
+        raise ValueError(
+            f"the export reloaded as {type(reloaded).__name__} differs from the model: logits by up to "
+            f"{difference:.3e}, allowed {budget:.3e}; nothing was written. "
+            "NaN means that the model itself has non-finite weights or logits"
+        )
+    return type(reloaded).__name__, difference, budget
+
+
+def _full_precision_on_cpu(model: DiffTransformerForCausalLM) -> DiffTransformerForCausalLM:
+    """The model itself if it is in float32 or float64 on the CPU, else a float32 copy there."""
+    weights = list(model.parameters())
+    if all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64) for w in weights):
+        return model
+    clone: Any = copy.deepcopy(model)
+    return clone.to("cpu", torch.float32)
+
+
+def _model_card(model: DiffTransformerForCausalLM, report: ExportReport, source: str | None) -> str:
+    """The README.md of the exported folder."""
+    config = model.config
+    needs = {
+        "diffllama": "Plain transformers loads it:",
+        "difftune": "It needs this package (`pip install difftune`):",
+    }[report.format]
+    imports = "import difftune.modeling\n" if report.format == "difftune" else ""
+    verified = (
+        f"reloaded as {report.reloaded_as}: logits differ from the trained model's by at most "
+        f"{report.max_abs_difference:.2e} (allowed {report.budget:.2e})"
+        if report.max_abs_difference is not None
+        else "not verified"
+    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    size = (
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}, "
+        f"{model.num_parameters():,} parameters"
+    )
+    heads = f"{config.num_attention_heads} softmax maps, {config.num_key_value_heads} key/value heads"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {report.path.name}
+
+A Differential Transformer (arXiv:2410.05258), exported by difftune {difftune.__version__}. {needs}
+
+```python
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{report.path.name}")
+tokenizer = AutoTokenizer.from_pretrained("{report.path.name}")
+```
+
+| | |
+|---|---|
+| source | {source or config._name_or_path or "trained from scratch"} |
+| format | {report.format} |
+| attention | {config.attention}, {heads} |
+| size | {size} |
+| verified | {verified} |
+| written with | {versions} |
+"""

@@ -1,0 +1,219 @@
+"""Where a checkpoint's files are and what is in them: local folder or hub id, one file, shards, training state."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+
+TRAINING_WEIGHTS = "checkpoint.pt"
+"""The file of a training checkpoint that holds the weights, beside config.json and manifest.json."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHOWN = 8
+
+
+def resolve_folder(path_or_hub_id: str | Path) -> Path:
+    """Return the local folder of a checkpoint; a hub id (``owner/name``) is downloaded or found in the cache.
+
+    Args:
+        path_or_hub_id: A folder on this machine, or the id of a repository on the Hugging Face hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If it is a file, or neither a folder nor a reachable hub repository.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give the folder that holds it, with its config.json")
+    text = str(path_or_hub_id)
+    if text.count("/") != 1 or text.startswith(("/", ".", "~")):
+        raise ValueError(f"{text} does not exist: give a folder, or a hub id such as 'owner/name'")
+    # Imported here: a local folder needs no hub client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{text} is neither a folder here nor a hub repository that can be reached ({reason}): "
+            "check the name, or download it first and give the folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: If the file is missing, is no JSON (with line), or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors checkpoint, in one file or in shards, onto the CPU.
+
+    Args:
+        folder: Holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+
+    Returns:
+        Tensor by name.
+
+    Raises:
+        ValueError: If there are no safetensors, a shard is missing or damaged, or the index and the shards disagree.
+    """
+    if not (folder / _INDEX).is_file():
+        if not (folder / _SINGLE).is_file():
+            raise ValueError(
+                f"{folder} holds neither {_SINGLE} nor {_INDEX}: other weight formats are not read; "
+                "load the model with transformers and save_pretrained() it once"
+            )
+        return _read_file(folder / _SINGLE)
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / _INDEX} has no weight_map: the download may be incomplete")
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        tensors.update(_read_file(folder / shard))
+    check_names(tensors, weight_map, source=f"the shards of {folder}", expected_by=_INDEX)
+    return tensors
+
+
+def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the model's tensors from a training checkpoint, without its optimiser, once its hash is right.
+
+    Args:
+        folder: Holds ``checkpoint.pt`` and the ``manifest.json`` with its hash.
+
+    Returns:
+        Tensor by name, on the CPU.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, or holds no weights of a model.
+    """
+    path = folder / TRAINING_WEIGHTS
+    listed = read_json(folder / "manifest.json").get("files", {}).get(TRAINING_WEIGHTS, {})
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    if digest.hexdigest() != listed.get("sha256"):
+        raise ValueError(f"{path} is not what its manifest.json says: the checkpoint is damaged, take another")
+    # Mapped, so that the optimiser's state, twice the weights, is not read; weights_only, so that no code runs.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
+    tensors = {
+        name.removeprefix("model."): tensor.clone() for name, tensor in state.items() if name.startswith("model.")
+    }
+    if not tensors:
+        raise ValueError(f"{path} holds no weights of a model")
+    return tensors
+
+
+def check_names(found: Iterable[str], expected: Iterable[str], *, source: str, expected_by: str) -> None:
+    """Raise unless two sets of tensor names are equal.
+
+    Args:
+        found: Names that are there.
+        expected: Names that should be.
+        source: Where they were found, for the message.
+        expected_by: Who expects them, for the message.
+
+    Raises:
+        ValueError: If a name is missing or extra; it lists them.
+    """
+    found, expected = set(found), set(expected)
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if not missing and not extra:
+        return
+    parts = [
+        f"{len(names)} {word} ({_shown(names)})" for word, names in (("missing", missing), ("extra", extra)) if names
+    ]
+    raise ValueError(f"the tensors in {source} are not those that {expected_by} expects: {'; '.join(parts)}")
+
+
+def check_tensors(
+    tensors: dict[str, torch.Tensor],
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    source: str,
+) -> None:
+    """Raise unless the tensors are exactly those that the model class stores; its own skeleton is the oracle.
+
+    A tied ``lm_head.weight`` need not be stored; where it is, equal to the embedding, it is removed.
+
+    Args:
+        tensors: Tensor by name.
+        model_class: The class that the names belong to.
+        config: Of the model.
+        source: Where the tensors are from, for the message.
+
+    Raises:
+        ValueError: If names are missing or extra, shapes differ, weights are integers (quantised), or a tied head
+            differs from the embedding. Each is named.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
+            raise ValueError(
+                f"{source} says tie_word_embeddings=true but has an lm_head.weight that differs from the embedding: "
+                "set tie_word_embeddings to false in its config.json if the head is meant"
+            )
+    check_names(tensors, expected, source=source, expected_by=model_class.__name__)
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, the config makes it {tuple(shape)}"
+        for name, shape in expected.items()
+        if tensors[name].shape != shape
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors in {source} do not have their shape: {_shown(wrong)}")
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integers:
+        raise ValueError(
+            f"{source} stores {_shown(integers)} as integers: quantised weights are not read, save it in bfloat16"
+        )
+
+
+def _shown(items: list[str]) -> str:
+    """The first few items, and how many more there are."""
+    rest = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one safetensors file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: the checkpoint is incomplete") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): download or save it again") from error

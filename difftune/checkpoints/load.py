@@ -1,0 +1,90 @@
+"""Load a model from whatever folder it is in; the format is read from the folder, never guessed."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from difftune.checkpoints.diffllama import load_diffllama
+from difftune.checkpoints.folders import (
+    TRAINING_WEIGHTS,
+    check_tensors,
+    read_json,
+    read_tensors,
+    read_training_weights,
+    resolve_folder,
+)
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+
+_READABLE = (
+    "readable are: a difftune folder (model_type 'difftune'), a transformers DiffLlama folder or hub id "
+    "(model_type 'diffllama'), a checkpoint written by difftune fit"
+)
+
+
+def load_model(
+    path_or_hub_id: str | Path, *, dtype: torch.dtype | None = None, attention_backend: str | None = None
+) -> DiffTransformerForCausalLM:
+    """Load a model from a difftune folder, a DiffLlama folder or hub id, or a training checkpoint.
+
+    Args:
+        path_or_hub_id: The folder, or ``owner/name`` on the Hugging Face hub.
+        dtype: Of the weights; lambda stays float32. Default: as stored.
+        attention_backend: Of ``difftune.ops.diff_attention``. Default: as stored, ``auto`` for a DiffLlama.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: If nothing is there, it is of another format (named, with the list of readable ones), or its
+            tensors are not those of its config (named).
+
+    Source:
+        ``config.json`` as written by transformers' ``save_pretrained``.
+
+    Example:
+        >>> model = load_model("runs/quickstart/export")  # doctest: +SKIP
+    """
+    folder = resolve_folder(path_or_hub_id)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json{_what_it_is(folder)}; {_READABLE}")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type == "diffllama":
+        model = load_diffllama(folder, dtype=dtype, attention_backend=attention_backend or "auto")
+    elif model_type == "difftune":
+        model = _load_difftune(folder, dtype, attention_backend)
+    else:
+        raise ValueError(f"{folder} holds model_type {model_type!r}, which is not readable; {_READABLE}")
+    model.config._name_or_path = str(path_or_hub_id)
+    return model
+
+
+def _load_difftune(
+    folder: Path, dtype: torch.dtype | None, attention_backend: str | None
+) -> DiffTransformerForCausalLM:
+    """Load our own format (weights or a training checkpoint); transformers would only warn of missing tensors."""
+    config = DiffTransformerConfig.from_pretrained(folder)
+    if attention_backend is not None:
+        config.attention_backend = attention_backend
+    is_training_checkpoint = (folder / TRAINING_WEIGHTS).is_file()
+    tensors = read_training_weights(folder) if is_training_checkpoint else read_tensors(folder)
+    check_tensors(tensors, DiffTransformerForCausalLM, config, source=str(folder))
+    dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+    model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _what_it_is(folder: Path) -> str:
+    """A hint for the folders that are mistaken for models most often."""
+    if (folder / "adapter_config.json").is_file():
+        return ", it is a PEFT adapter: merge it into its base model first"
+    if (folder / "checkpoints").is_dir():
+        return f", it is a run folder: give {folder / 'export'}, or one of {folder / 'checkpoints'}"
+    checkpoints = sorted(path.name for path in folder.glob("step-*"))
+    if checkpoints:
+        return f", it holds training checkpoints: give one of them, such as {folder / checkpoints[-1]}"
+    if (folder / TRAINING_WEIGHTS).is_file():
+        return ", it is a training checkpoint of a model without a transformers config"
+    return ""

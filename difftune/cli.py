@@ -1,0 +1,366 @@
+"""The command line: `difftune fit|evaluate|generate|export`. Imports no torch until a command runs.
+
+Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
+"""
+
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from difftune import __version__
+
+
+@dataclass(frozen=True)
+class Option:
+    """A `--name` of some commands; most are short for a recipe key."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+    """None: a flag."""
+    key: str | None = None
+    """The recipe key that it sets."""
+    is_text: bool = False
+    """The value is text as it stands, not YAML."""
+    repeatable: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it does, its options, examples to copy."""
+
+    summary: str
+    about: str
+    options: tuple[Option, ...]
+    examples: str
+
+
+_COMMON = (
+    Option("config", "recipe to start from (a YAML file)", "FILE", is_text=True),
+    Option("print-config", "show the resolved recipe and stop"),
+    Option("debug", "show the traceback of every error"),
+    Option("help", "show this text"),
+)
+_MODEL = Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True)
+_DEVICE = Option("device", "cpu, cuda or auto", "NAME", "trainer.accelerator")
+_DTYPE = Option("dtype", "float32, bfloat16 or float16", "NAME", "model.dtype")
+_DECODING = (
+    Option("temperature", "0 (the default) is greedy", "T", "evaluation.temperature"),
+    Option("top-p", "sample from this share of the probability", "P", "evaluation.top_p"),
+    Option("seed", "of sampling and subsets", "N", "evaluation.seed"),
+)
+
+COMMANDS = {
+    "fit": Command(
+        summary="train a model, one or several stages, from a recipe",
+        about="Trains what the recipe describes and writes a run folder (run_dir). Called again, it goes on from the\n"
+        "newest checkpoint there.",
+        options=(
+            Option("dry-run", "build everything, take one step, show memory and one decoded sample; write nothing"),
+            Option("list-keys", "show every key of a recipe with its meaning and default"),
+        ),
+        examples="""
+  difftune fit --config recipes/quickstart.yaml
+  difftune fit --config recipes/quickstart.yaml optim.lr=1e-3 trainer.max_steps=100
+  difftune fit --config recipes/quickstart.yaml stages.traces.trainer.max_steps=50   (one stage only)
+  difftune fit --config recipes/gsm8k_small.yaml 'data.train=[{path: my.jsonl}]' --dry-run""",
+    ),
+    "evaluate": Command(
+        summary="solve problems with a model and grade the answers",
+        about="Generates an answer for every problem, grades it, and reports the accuracy with a 95% interval.",
+        options=(
+            _MODEL,
+            Option(
+                "data",
+                "problems (.jsonl or synthetic:arithmetic); can be repeated",
+                "FILE",
+                is_text=True,
+                repeatable=True,
+            ),
+            Option("limit", "a random subset of this size, of each file", "N", "evaluation.tasks.*.limit"),
+            Option("max-new-tokens", "longest answer", "N", "evaluation.tasks.*.max_new_tokens"),
+            Option("batch-size", "prompts decoded together", "N", "evaluation.batch_size"),
+            Option("num-samples", "answers a problem (needs a temperature)", "N", "evaluation.num_samples"),
+            *_DECODING,
+            _DEVICE,
+            _DTYPE,
+            Option("out", "folder for the samples and results", "DIR", is_text=True),
+        ),
+        examples="""
+  difftune evaluate --model runs/quickstart/export --data synthetic:arithmetic --limit 200
+  difftune evaluate --model DIR --data gsm8k.jsonl --data math.jsonl --max-new-tokens 1024 --out results
+  difftune evaluate --model DIR --config recipes/quickstart.yaml evaluation.batch_size=64""",
+    ),
+    "generate": Command(
+        summary="continue prompts with a model",
+        about="Prints what the model answers to each prompt, rendered with its chat template.",
+        options=(
+            _MODEL,
+            Option("prompt", "text; can be repeated; - reads standard input", "TEXT", is_text=True, repeatable=True),
+            Option("max-new-tokens", "longest answer", "N", "evaluation.max_new_tokens"),
+            *_DECODING,
+            _DEVICE,
+            _DTYPE,
+        ),
+        examples="""
+  difftune generate --model runs/quickstart/export --prompt '3+15-7'
+  difftune generate --model DIR --prompt 'Compute 12*12.' --temperature 0.6 --max-new-tokens 200""",
+    ),
+    "export": Command(
+        summary="write a model in a format that others load",
+        about="Writes the folder, loads it back and compares its logits before calling it done.",
+        options=(
+            _MODEL,
+            Option(
+                "format", "diffllama (loads in plain transformers; diff_v1 only) or difftune", "NAME", "export.format"
+            ),
+            Option("out", "folder to write", "DIR", is_text=True),
+            _DTYPE,
+        ),
+        examples="""
+  difftune export --model runs/quickstart/checkpoints/last --format diffllama --out my-model""",
+    ),
+}
+
+
+@dataclass
+class Invocation:
+    """What a command line asks for."""
+
+    command: str | None = None
+    flags: set[str] = field(default_factory=set)
+    values: dict[str, list[str]] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong; nothing was loaded yet."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, by default that of the process, and return its exit code."""
+    _disable_telemetry()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _dispatch(parse(arguments))
+    except KeyboardInterrupt:
+        print("difftune: stopped by the user", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not is_user_error(error):
+            traceback.print_exc()
+        if is_user_error(error):
+            print(f"difftune: error: {error}", file=sys.stderr)
+            return 2
+        return 1
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether a message is enough: our own code refused a value, or a file is missing or not to be read."""
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+        return True
+    if not isinstance(error, (ValueError, ImportError)) or error.__traceback__ is None:
+        return False
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return Path(innermost.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def parse(arguments: Sequence[str]) -> Invocation:
+    """Sort the arguments: the command, options and overrides may stand in any order.
+
+    Raises:
+        UsageError: If one is unknown, incomplete, or not of this command.
+    """
+    found = Invocation()
+    options = {option.name: option for command in COMMANDS.values() for option in (*command.options, *_COMMON)}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument in ("-h", "--help", "--version"):
+            found.flags.add("help" if argument == "-h" else name)
+        elif argument.startswith("--") and name in options:
+            if options[name].metavar is None:
+                if equals:
+                    raise UsageError(f"--{name} takes no value, got {value!r}")
+                found.flags.add(name)
+                continue
+            if not equals and not rest:
+                raise UsageError(f"--{name} needs a value: --{name} {options[name].metavar}")
+            found.values.setdefault(name, []).append(value if equals else rest.pop(0))
+            if len(found.values[name]) > 1 and not options[name].repeatable:
+                hint = "; a recipe can build on another with base:" if name == "config" else ""
+                raise UsageError(f"--{name} is given twice{hint}")
+        elif equals and (argument.startswith("--") or not argument.startswith("-")):
+            found.overrides.append(argument)
+        elif argument.startswith("-"):
+            hint = f"; to set a recipe key, write {name}=VALUE" if "." in name else _nearest(name, options, "--")
+            raise UsageError(f"unknown option {argument}{hint}")
+        elif argument.endswith((".yaml", ".yml")):
+            raise UsageError(f"a recipe goes after --config: --config {argument}")
+        elif found.command is None:
+            found.command = argument
+        else:
+            raise UsageError(f"unexpected argument {argument!r}; to set a recipe key, write KEY=VALUE")
+    _check(found)
+    return found
+
+
+def _check(found: Invocation) -> None:
+    if found.command is None:
+        if found.flags or not (found.values or found.overrides):
+            return
+        raise UsageError(f"which command? one of {', '.join(COMMANDS)}")
+    if found.command not in COMMANDS:
+        hint = _nearest(found.command, COMMANDS, "") or f"; one of {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown command '{found.command}'{hint}")
+    own = {option.name for option in (*COMMANDS[found.command].options, *_COMMON)} | {"version"}
+    for name in [*found.flags, *found.values]:
+        if name not in own:
+            owners = [key for key, command in COMMANDS.items() if name in {o.name for o in command.options}]
+            raise UsageError(f"--{name} is not an option of {found.command}, but of {', '.join(owners)}")
+
+
+def _dispatch(found: Invocation) -> int:
+    if "version" in found.flags:
+        print(f"difftune {__version__}")
+        return 0
+    if found.command is None:
+        print(help_text(), file=sys.stdout if found.flags else sys.stderr)
+        return 0 if found.flags else 2
+    if "help" in found.flags:
+        print(command_help(found.command))
+        return 0
+    if "list-keys" in found.flags:
+        from difftune.config_text import key_list
+
+        print(key_list())
+        return 0
+    return _run(found)
+
+
+def _run(found: Invocation) -> int:
+    from difftune.config import load_config
+
+    command = found.command
+    assert command is not None
+    config_file = _single(found, "config")
+    if command == "fit" and config_file is None and not found.overrides:
+        raise UsageError("fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
+    for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
+        if name not in found.values and "print-config" not in found.flags:
+            raise UsageError(f"{command} needs --{name}; see difftune {command} --help")
+    if command == "evaluate" and config_file is None and "data" not in found.values:
+        raise UsageError("evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks")
+
+    config = load_config(config_file, _option_overrides(found) + found.overrides, command=command)
+    if "print-config" in found.flags:
+        from difftune.config_text import to_yaml
+
+        print(to_yaml(config), end="")
+        return 0
+
+    from difftune import run
+
+    out = _single(found, "out")
+    if command == "fit":
+        return run.fit(config, dry_run="dry-run" in found.flags) or 0
+    if command == "evaluate":
+        run.evaluate(config, out=Path(out) if out else None)
+    elif command == "generate":
+        run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
+    else:
+        assert out is not None
+        run.export(config, out=Path(out))
+    return 0
+
+
+def _single(found: Invocation, name: str) -> str | None:
+    return found.values[name][0] if name in found.values else None
+
+
+def _option_overrides(found: Invocation) -> list[str]:
+    """The options that are short for recipe keys, as overrides; what a user writes as key=value comes after them."""
+    assert found.command is not None
+    overrides = []
+    if "model" in found.values:
+        # A model brings its tokenizer; the recipe's is for a fresh one.
+        overrides.append("tokenizer=null")
+    if "data" in found.values:
+        tasks: list[dict[str, Any]] = [{"path": path} for path in found.values["data"]]
+        overrides.append(f"evaluation.tasks={json.dumps(tasks)}")
+    if found.command == "export" and "format" not in found.values:
+        overrides.append("export={}")
+    for option in COMMANDS[found.command].options:
+        if option.key is not None and option.name in found.values:
+            value = found.values[option.name][0]
+            overrides.append(f"{option.key}={json.dumps(value) if option.is_text else value}")
+    return overrides
+
+
+def help_text() -> str:
+    """The text of `difftune --help`."""
+    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    return f"""difftune {__version__}: fine-tune, distil, evaluate and export Differential Transformers
+
+usage: difftune COMMAND [--config FILE] [KEY=VALUE ...] [options]
+
+commands:
+{commands}
+
+start here:
+  difftune fit --config recipes/quickstart.yaml      train a small model on the CPU, in minutes
+  difftune fit --help                                what else fit can do
+  difftune fit --list-keys                           every key of a recipe
+
+KEY=VALUE changes a recipe for one run (optim.lr=1e-4; --optim.lr=1e-4 is the same), in every stage.
+Exit codes: 0 done, 1 the run failed, 2 wrong input, 128+n stopped by signal n."""
+
+
+def command_help(name: str) -> str:
+    """The text of `difftune NAME --help`."""
+    command = COMMANDS[name]
+    lines = []
+    for option in (*command.options, *_COMMON):
+        left = f"--{option.name}" + (f" {option.metavar}" if option.metavar else "")
+        key = f"  [{option.key}]" if option.key else ""
+        lines.append(f"  {left:<22}{option.help}{key}")
+    options = "\n".join(lines)
+    return f"""usage: difftune {name} [--config FILE] [KEY=VALUE ...] [options]
+
+{command.about}
+
+options (in brackets: the recipe key that it sets):
+{options}
+
+examples:{command.examples}
+
+KEY=VALUE sets any recipe key, with a YAML value; quote what your shell would read. Items of a list are addressed by
+number or name: data.train.0.limit=100. `difftune fit --list-keys` shows the keys."""
+
+
+def _nearest(word: str, known: Any, dashes: str) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _disable_telemetry() -> None:
+    """Ask the libraries below not to report usage; a user who wants it sets the variable."""
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("DO_NOT_TRACK", "1"),
+        ("WANDB_ERROR_REPORTING", "false"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ):
+        os.environ.setdefault(name, value)

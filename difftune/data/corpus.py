@@ -1,0 +1,113 @@
+"""Tokenised documents under a length limit, and the rows that they are laid into."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from difftune.data.chat import Encoded
+from difftune.data.packing import pack_best_fit
+from difftune.data.tokenized import Counts, TokenizedSet
+
+OVERLONG = ("drop", "truncate", "raise")
+
+
+class Corpus:
+    """The documents of one or more tokenised sets that fit a row.
+
+    Args:
+        sets: The documents, in this order.
+        seq_len: Most tokens of a document.
+        overlong: What happens to a longer one: "drop" (counted), "truncate" (its first `seq_len` tokens stay;
+            dropped if none of them is learned) or "raise".
+
+    Raises:
+        ValueError: For an over-long document under "raise"; names the row and its length.
+
+    Attributes:
+        counts: Rows read and dropped, over-long ones included.
+        truncated: Documents that were cut.
+        longest: Tokens of the longest document before the limit.
+        lengths: int64, shape [kept]: tokens of each document that is learned.
+        label_counts: int64, shape [kept]: labels of each.
+    """
+
+    def __init__(self, sets: Sequence[TokenizedSet], *, seq_len: int, overlong: str) -> None:
+        self._sets = list(sets)
+        self._first = np.cumsum([0, *(len(part) for part in sets)])
+        self.counts = sum((part.counts for part in sets), Counts())
+        self.seq_len = seq_len
+        self.lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in sets)])
+        self.label_counts = np.concatenate([np.empty(0, np.int64), *(_label_counts(part) for part in sets)])
+        self.longest = int(self.lengths.max(initial=0))
+        self._kept = np.arange(len(self.lengths))
+        self.truncated = 0
+        if (too_long := np.flatnonzero(self.lengths > seq_len)).size:
+            self._limit(too_long, overlong)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def document(self, index: int) -> Encoded:
+        """A kept document, cut to the limit."""
+        whole = self._whole(int(self._kept[index]))
+        return Encoded(whole.ids[: self.seq_len], whole.learned[: self.seq_len])
+
+    def rows(self, rng: np.random.Generator | None, *, packing: bool) -> list[list[int]]:
+        """The documents of each row, in the order in which rows are trained on.
+
+        Args:
+            rng: Decides the order of documents and rows. None: as they stand (packing still sorts by length).
+            packing: Several documents a row, best fit. False: one a row.
+        """
+        order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
+        if not packing:
+            return [[index] for index in order.tolist()]
+        rows = pack_best_fit(self.lengths, order, self.seq_len)
+        # The longest documents are packed first: without this an epoch would run from long to short.
+        return rows if rng is None else [rows[row] for row in rng.permutation(len(rows))]
+
+    def questions(self) -> np.ndarray:
+        """uint64, shape [kept]: the `question_key` of each document."""
+        keys = np.concatenate([np.empty(0, np.uint64), *(part.questions for part in self._sets)])
+        return keys[self._kept]
+
+    def ends_in(self, token: int) -> int:
+        """How many documents end in this token."""
+        last = [
+            part.ids[part.offsets[:-1] + np.minimum(part.lengths, self.seq_len) - 1] == token for part in self._sets
+        ]
+        return int(np.concatenate([np.empty(0, np.bool_), *last])[self._kept].sum())
+
+    def _whole(self, index: int) -> Encoded:
+        part = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._sets[part].document(index - int(self._first[part]))
+
+    def _limit(self, too_long: np.ndarray, overlong: str) -> None:
+        if overlong == "raise":
+            part = int(np.searchsorted(self._first, too_long[0], side="right")) - 1
+            row = self._sets[part].row_numbers[too_long[0] - self._first[part]]
+            raise ValueError(
+                f"{self._sets[part].source}, row {row}: {self.lengths[too_long[0]]} tokens do not fit "
+                f"seq_len={self.seq_len} and overlong=raise; raise seq_len (the longest row has "
+                f"{self.longest}), or set overlong to drop or truncate"
+            )
+        keep = np.ones(len(self.lengths), dtype=bool)
+        if overlong == "drop":
+            keep[too_long] = False
+            self.counts.dropped[f"longer than {self.seq_len} tokens"] += len(too_long)
+        else:
+            for index in too_long.tolist():
+                self.lengths[index] = self.seq_len
+                self.label_counts[index] = np.count_nonzero(self._whole(index).learned[: self.seq_len])
+                keep[index] = self.label_counts[index] > 0
+            self.truncated = int(keep[too_long].sum())
+            if no_label := len(too_long) - self.truncated:
+                self.counts.dropped[f"no label within {self.seq_len} tokens"] += no_label
+        self._kept = np.flatnonzero(keep)
+        self.lengths, self.label_counts = self.lengths[keep], self.label_counts[keep]
+
+
+def _label_counts(part: TokenizedSet) -> np.ndarray:
+    if not len(part):
+        return np.empty(0, np.int64)
+    return np.add.reduceat(part.learned, part.offsets[:-1], dtype=np.int64)

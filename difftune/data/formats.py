@@ -1,0 +1,284 @@
+r"""What the columns of a row mean: a row becomes an example to learn, or a reason to drop it.
+
+One function a format, by name in `FORMATS`. A row that lacks a column of its format is an error; a row whose
+text is empty, or that its own columns call wrong, is dropped and counted by reason.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+Columns = Mapping[str, Any]
+Message = dict[str, str]
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row teaches: a chat whose assistant turns are learned, or a text that is learned whole."""
+
+    messages: list[Message]
+    """Turns {"role": system | user | assistant, "content": text}. Empty for a text."""
+    answer: str | None = None
+    """The final answer, where the data knows it."""
+    id: str | None = None
+    """The row's name in its data set."""
+    text: str | None = None
+    """A document without roles, learned from its second token to its end."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Why a row is not learned."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to read rows, and the columns that it is recognised by."""
+
+    read: Callable[[Columns], Example | Dropped]
+    columns: tuple[str, ...]
+    """The columns that tell this format from the others; empty: never chosen by "auto". "a|b" is either."""
+    absent: tuple[str, ...] = ()
+    """Columns that speak against it."""
+
+    def matches(self, columns: Columns) -> bool:
+        """Whether a row with these columns could be of this format."""
+        present = all(any(name in columns for name in either.split("|")) for either in self.columns)
+        return bool(self.columns) and present and not any(name in columns for name in self.absent)
+
+
+def resolve_format(name: str, columns: Columns, where: str) -> Format:
+    """The format called `name`, or for "auto" the only one whose columns the row has.
+
+    Raises:
+        ValueError: If there is no such format, or if none or several match.
+    """
+    if name != "auto":
+        if name not in FORMATS:
+            raise ValueError(f"unknown data format {name!r}: choose auto or one of {', '.join(FORMATS)}")
+        return FORMATS[name]
+    matching = [key for key, candidate in FORMATS.items() if candidate.matches(columns)]
+    if len(matching) != 1:
+        found = f"could be any of {', '.join(matching)}" if matching else "match no known format"
+        raise ValueError(
+            f"{where}: the columns {', '.join(sorted(columns))} {found}; set format to one of "
+            + ", ".join(f"{key} ({', '.join(f.columns) or 'question, answer'})" for key, f in FORMATS.items())
+        )
+    return FORMATS[matching[0]]
+
+
+def read_example(row_format: Format, columns: Columns, where: str, *, answer_only: bool = False) -> Example | Dropped:
+    """Read one row.
+
+    Args:
+        row_format: From `resolve_format`.
+        columns: The row.
+        where: Names the row in errors.
+        answer_only: Replace the last assistant turn by the final answer.
+
+    Raises:
+        ValueError: If a column is missing or of the wrong type, or if `answer_only` and the format knows no
+            answer.
+    """
+    try:
+        example = row_format.read(columns)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(example, Dropped) or not answer_only:
+        return example
+    if not example.answer or not example.messages:
+        raise ValueError(f"{where}: answer_only needs the final answer, which this format does not hold")
+    return replace(example, messages=[*example.messages[:-1], {"role": "assistant", "content": example.answer}])
+
+
+def reasoning_text(reasoning: str, solution: str) -> str:
+    """The one form in which a reasoning trace is learned: the trace between think tags, then the solution."""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{solution.strip()}"
+
+
+def normalise_trace(text: str) -> str | None:
+    """A reasoning trace in the form of `reasoning_text`, whichever delimiters it came with.
+
+    Known are OpenThoughts' ``<|begin_of_thought|>`` family and ``<think>`` tags, whose opening tag may be
+    missing (R1's chat template writes it into the prompt).
+
+    Returns:
+        None if there is no complete trace followed by a solution.
+    """
+    patterns = (
+        r"\s*<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*"
+        r"<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>\s*",
+        r"\s*(?:<think>)?(.*?)</think>(.*)",
+    )
+    for pattern in patterns:
+        if match := re.fullmatch(pattern, text, re.DOTALL):
+            reasoning, solution = match[1].strip(), match[2].strip()
+            return reasoning_text(reasoning, solution) if reasoning and solution else None
+    return None
+
+
+def read_messages(columns: Columns) -> Example | Dropped:
+    """`messages`: turns of role and content; every assistant turn is learned."""
+    messages = _turns(columns, "messages", "role", "content")
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in messages):
+        return Dropped("empty assistant turn")
+    return Example(messages, id=_id(columns))
+
+
+def read_prompt_completion(columns: Columns) -> Example | Dropped:
+    """`prompt` and `completion`: one user turn, one assistant turn."""
+    return _question_and_target(columns, "prompt", _text(columns, "completion"))
+
+
+def read_text(columns: Columns) -> Example | Dropped:
+    """`text`: a document, learned whole, without chat template."""
+    text = _text(columns, "text")
+    return Example([], id=_id(columns), text=text) if text.strip() else Dropped("empty text")
+
+
+def read_openthoughts(columns: Columns) -> Example | Dropped:
+    r"""`conversations` (and `correct`) of OpenThoughts-114k and open-r1/OpenThoughts-114k-math: the R1 trace.
+
+    The reference solution of the -math set stands in `solution` and in `messages` and is *not* the target:
+    `messages` is used only if it is all there is and holds a trace. Rows whose R1 answer was not verified as
+    correct are dropped. The `system` column is left out, because it asks for delimiters that
+    `normalise_trace` replaces.
+    """
+    if "correct" in columns and columns["correct"] is not True:
+        return Dropped("answer not verified as correct")
+    if columns.get("conversations"):
+        turns = _turns(columns, "conversations", "from", "value")
+    else:
+        turns = _turns(columns, "messages", "role", "content")
+    messages = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            trace = normalise_trace(turn["content"])
+            if trace is None:
+                return Dropped("no complete reasoning trace")
+            turn = {**turn, "content": trace}
+        if turn["role"] != "system":
+            messages.append(turn)
+    return Example(messages, id=_id(columns))
+
+
+def read_openthoughts_metadata(columns: Columns) -> Example | Dropped:
+    """`problem`, `deepseek_reasoning`, `deepseek_solution`: configuration "metadata" of OpenThoughts-114k."""
+    reasoning, solution = _text(columns, "deepseek_reasoning"), _text(columns, "deepseek_solution")
+    if not reasoning.strip() or not solution.strip():
+        return Dropped("no complete reasoning trace")
+    return _question_and_target(columns, "problem", reasoning_text(reasoning, solution))
+
+
+def read_openmathinstruct2(columns: Columns) -> Example | Dropped:
+    """`problem`, `generated_solution`, `expected_answer`: nvidia/OpenMathInstruct-2."""
+    answer = _text(columns, "expected_answer").strip()
+    return _question_and_target(columns, "problem", _text(columns, "generated_solution"), answer)
+
+
+def read_metamathqa(columns: Columns) -> Example | Dropped:
+    """`query` and `response`, which ends in "The answer is: ...": meta-math/MetaMathQA."""
+    response = _text(columns, "response")
+    _, found, answer = response.rpartition("The answer is:")
+    return _question_and_target(columns, "query", response, answer.strip() if found else None)
+
+
+def read_numina(columns: Columns) -> Example | Dropped:
+    """`problem` and `solution`: AI-MO/NuminaMath-CoT (whose `messages` say the same)."""
+    return _question_and_target(columns, "problem", _text(columns, "solution"))
+
+
+def read_question_answer(columns: Columns) -> Example | Dropped:
+    r"""`question` (or `problem`) and `answer`, with the working in `solution` or in front of "####" (GSM8K).
+
+    The target is the working, then the line "#### answer" (not where the working ends in a \boxed{} of its
+    own), or the answer alone where no working is given. GSM8K's calculator marks <<3+4=7>> are taken out:
+    they are calls, not language.
+    """
+    question = "question" if "question" in columns or "problem" not in columns else "problem"
+    answer = _text(columns, "answer")
+    working, marked, final = answer.rpartition("####")
+    working, answer = (working, final.strip()) if marked else ("", answer.strip())
+    if columns.get("solution"):
+        working = _text(columns, "solution")
+    working = re.sub(r"<<[^<>]*>>", "", working).strip()
+    if not answer:
+        return Dropped("empty answer")
+    if not working or "\\boxed" in working:
+        return _question_and_target(columns, question, working or answer, answer)
+    return _question_and_target(columns, question, f"{working}\n#### {answer}", answer)
+
+
+def read_gsm8k(columns: Columns) -> Example | Dropped:
+    """As `question_answer`, but a row without working is an error: openai/gsm8k."""
+    if not columns.get("solution") and "####" not in _text(columns, "answer"):
+        raise ValueError('gsm8k needs the working: before "####" in answer, or in a column solution')
+    return read_question_answer(columns)
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(read_messages, ("messages",), absent=("conversations", "problem")),
+    "prompt_completion": Format(read_prompt_completion, ("prompt", "completion")),
+    "text": Format(read_text, ("text",)),
+    "question_answer": Format(read_question_answer, ("question|problem", "answer")),
+    "gsm8k": Format(read_gsm8k, ()),
+    "openthoughts": Format(read_openthoughts, ("conversations", "system|correct")),
+    "openthoughts_metadata": Format(read_openthoughts_metadata, ("problem", "deepseek_reasoning", "deepseek_solution")),
+    "openmathinstruct2": Format(read_openmathinstruct2, ("problem", "generated_solution", "expected_answer")),
+    "metamathqa": Format(read_metamathqa, ("query", "response")),
+    "numina": Format(read_numina, ("problem", "solution", "messages"), absent=("conversations", "answer")),
+}
+"""Every format by name."""
+
+
+def _question_and_target(columns: Columns, question: str, target: str, answer: str | None = None) -> Example | Dropped:
+    prompt = _text(columns, question)
+    if not prompt.strip():
+        return Dropped(f"empty {question}")
+    if not target.strip():
+        return Dropped("empty target")
+    turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": target.strip()}]
+    return Example(turns, answer=answer, id=_id(columns))
+
+
+def _text(columns: Columns, name: str) -> str:
+    """A text column; null reads as empty, numbers of an answer as their digits."""
+    if name not in columns:
+        raise ValueError(f"no column {name!r}; there are {', '.join(sorted(columns))}")
+    value = columns[name]
+    if value is None:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"column {name!r} must be text, got {type(value).__name__}")
+    return value
+
+
+def _turns(columns: Columns, name: str, role_key: str, content_key: str) -> list[Message]:
+    """The turns of a chat column, roles by their usual names."""
+    if name not in columns:
+        raise ValueError(f"no column {name!r}; there are {', '.join(sorted(columns))}")
+    turns = columns[name]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"column {name!r} must be a list of {{{role_key}, {content_key}}}, got {turns!r:.60}")
+    messages = []
+    for turn in turns:
+        role, content = (turn.get(role_key), turn.get(content_key)) if isinstance(turn, Mapping) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(
+                f"a turn of {name!r} needs {role_key} (one of {', '.join(ROLES)}) and {content_key} (text), "
+                f"got {turn!r:.80}"
+            )
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def _id(columns: Columns) -> str | None:
+    value = next((columns[name] for name in ("id", "unique_id", "uuid") if columns.get(name) is not None), None)
+    return None if value is None else str(value)

@@ -1,0 +1,106 @@
+"""What is in the data, counted before training."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from difftune.data.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Counts of the training data under the settings of a run."""
+
+    rows_read: int
+    """Rows of all sources."""
+    dropped: dict[str, int]
+    """Rows that are not learned, by reason."""
+    kept: int
+    """Rows that are learned."""
+    truncated: int
+    """Kept rows that were cut to `seq_len`."""
+    tokens: int
+    """Tokens of the kept rows."""
+    label_tokens: int
+    """Tokens of the kept rows that are learned."""
+    longest_row: int
+    """Tokens of the longest row, before the limit."""
+    eos_share: float
+    """Share of kept rows that end in the end-of-text token; below 1 only where rows were truncated."""
+    unknown_tokens: int
+    """Tokens that the tokenizer does not know, before the limit."""
+    batch_rows: int
+    """Rows of the batches of one epoch: packs, or documents without packing."""
+    padding_fraction: float
+    """Share of an epoch's tokens that are padding."""
+    seq_len: int
+    """Most tokens of a row."""
+    complete: bool
+    """False when streaming: the counts are those of the first block."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a JSON file or a logger."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The counts as aligned text, one a line."""
+        share = self.label_tokens / self.tokens if self.tokens else 0.0
+        lines = [
+            ("rows read", f"{self.rows_read:,}" + ("" if self.complete else " (first block of a stream)")),
+            *((f"  dropped: {reason}", f"{count:,}") for reason, count in sorted(self.dropped.items())),
+            ("rows kept", f"{self.kept:,}"),
+            *([("  of them truncated", f"{self.truncated:,}")] if self.truncated else []),
+            ("tokens", f"{self.tokens:,}"),
+            ("  of them learned", f"{self.label_tokens:,} ({share:.1%})"),
+            *([("  unknown to the tokenizer", f"{self.unknown_tokens:,}")] if self.unknown_tokens else []),
+            ("longest row", f"{self.longest_row:,} tokens (seq_len {self.seq_len:,})"),
+            ("ending in EOS", f"{self.eos_share:.1%}"),
+            ("batch rows an epoch", f"{self.batch_rows:,}"),
+            ("padding", f"{self.padding_fraction:.1%}"),
+        ]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def count_corpus(
+    corpus: Corpus,
+    rows: list[list[int]],
+    *,
+    packing: bool,
+    micro_batch_size: int,
+    eos_id: int,
+    complete: bool,
+) -> DataStatistics:
+    """Count a corpus.
+
+    Args:
+        corpus: The data.
+        rows: The batch rows of its first epoch.
+        packing: Whether rows are padded to `seq_len`; else to the longest of each micro-batch.
+        micro_batch_size: Rows of a micro-batch.
+        eos_id: End-of-text token.
+        complete: Whether this is all of the data.
+    """
+    tokens = int(corpus.lengths.sum())
+    if packing:
+        width = len(rows) * corpus.seq_len
+    else:
+        lengths = corpus.lengths[np.asarray(rows, dtype=np.int64).reshape(-1)]
+        batches = (lengths[start : start + micro_batch_size] for start in range(0, len(lengths), micro_batch_size))
+        width = sum(len(batch) * int(batch.max()) for batch in batches)
+    return DataStatistics(
+        rows_read=corpus.counts.rows_read,
+        dropped=dict(corpus.counts.dropped),
+        kept=len(corpus),
+        truncated=corpus.truncated,
+        tokens=tokens,
+        label_tokens=int(corpus.label_counts.sum()),
+        longest_row=corpus.longest,
+        eos_share=corpus.ends_in(eos_id) / max(1, len(corpus)),
+        unknown_tokens=corpus.counts.unknown_tokens,
+        batch_rows=len(rows),
+        padding_fraction=1 - tokens / width if width else 0.0,
+        seq_len=corpus.seq_len,
+        complete=complete,
+    )

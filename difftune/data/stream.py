@@ -1,0 +1,113 @@
+"""The training order: one stream of rows through all epochs, the same for every number of workers and ranks.
+
+Row number n of the stream is a function of (data, settings, seed, n). A *global micro-batch* is the next
+`micro_batch_size * world_size` rows; rank r takes every `world_size`-th of them from the r-th on. So the
+position in the stream, a number of rows, is all that a checkpoint needs, and it also holds for another number
+of ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from difftune.data.batches import Batch, packed_batch, padded_batch
+from difftune.data.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of all epochs, one after another."""
+
+    blocks: Callable[[], Iterator[Corpus]]
+    """The data of one epoch. A set in memory is one block; streamed data come in blocks, each shuffled and
+    packed."""
+    packing: bool
+    shuffle: bool
+    seed: int
+    max_epochs: int | None
+    """Passes over the data; None: endless."""
+    rows_per_epoch: int | None
+    """Rows of an epoch where known beforehand: then a start in the middle costs nothing. None: blocks are
+    counted again."""
+
+    def rows_from(self, start: int) -> Iterator[tuple[Corpus, list[int]]]:
+        """Yield rows from number `start` on: a corpus, and the documents of it that make up the row."""
+        first_epoch, skip = divmod(start, self.rows_per_epoch) if self.rows_per_epoch else (0, start)
+        for epoch in count(first_epoch):
+            if self.max_epochs is not None and epoch >= self.max_epochs:
+                return
+            rows_of_epoch = 0
+            for number, corpus in enumerate(self.blocks()):
+                rng = np.random.default_rng([self.seed, epoch, number]) if self.shuffle else None
+                rows = corpus.rows(rng, packing=self.packing)
+                rows_of_epoch += len(rows)
+                for documents in rows[skip:]:
+                    yield corpus, documents
+                skip = max(0, skip - len(rows))
+            # Without this an endless stream over nothing would never return.
+            if not rows_of_epoch:
+                raise ValueError("an epoch has no row: every row of the data was dropped")
+
+
+class BatchStream(IterableDataset):
+    """Ready batches of one rank, from a position on.
+
+    Args:
+        rows: The stream of rows.
+        start_row: Global rows that were consumed before.
+        micro_batch_size: Rows of a batch of one rank.
+        rank: This rank.
+        world_size: Number of ranks.
+        seq_len: Tokens of a packed row.
+        pad_id: Padding token.
+    """
+
+    def __init__(
+        self,
+        rows: RowStream,
+        *,
+        start_row: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seq_len: int,
+        pad_id: int,
+    ) -> None:
+        self._rows = rows
+        self._start_row = start_row
+        self._global_batch = micro_batch_size * world_size
+        self._rank, self._world_size = rank, world_size
+        self._seq_len, self._pad_id = seq_len, pad_id
+
+    def __iter__(self) -> Iterator[Batch]:
+        # The loader takes batches from its workers in turn, so worker w of n makes the batches w, w + n, ...
+        worker: Any = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows = self._rows.rows_from(self._start_row)
+        for number in count():
+            # The last batch may be smaller; a rank without a row of it gets padding, because all ranks must
+            # step together.
+            batch = list(islice(rows, self._global_batch))
+            if not batch:
+                return
+            if number % step == first:
+                yield self._collate(batch[self._rank :: self._world_size])
+
+    def _collate(self, rows: list[tuple[Corpus, list[int]]]) -> Batch:
+        documents = [[corpus.document(index) for index in indices] for corpus, indices in rows] or [[]]
+        if self._rows.packing:
+            return packed_batch(documents, self._seq_len, self._pad_id)
+        return padded_batch(documents, self._pad_id)
+
+
+def interleave(iterators: list[Iterator[Any]]) -> Iterator[Any]:
+    """One item of each in turn, until all are exhausted."""
+    nothing = object()
+    while iterators:
+        items = [(iterator, next(iterator, nothing)) for iterator in iterators]
+        iterators = [iterator for iterator, item in items if item is not nothing]
+        yield from (item for _, item in items if item is not nothing)

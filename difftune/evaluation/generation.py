@@ -1,0 +1,239 @@
+"""Texts from a model: batches of prompts of unequal length, decoded together through the model's own `generate`."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote after one prompt."""
+
+    text: str
+    """Without the prompt, special tokens and the stop string."""
+    num_tokens: int
+    """New tokens, the end-of-text token included."""
+    finished: bool
+    """The model ended it itself, by the end-of-text token or a stop string."""
+    interrupted: bool = False
+    """Not finished, and cut or not even begun because the time was over. Neither: `max_new_tokens` were reached."""
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    deadline: float | None = None,
+) -> list[Generation]:
+    """Continue each prompt until the end-of-text token, a stop string or `max_new_tokens`.
+
+    Prompts of similar length share a batch, padded on the left, with a KV cache. The batches come in a random order
+    that `seed` fixes, so what is done when the time is over is not just the short prompts. Greedy results do not depend
+    on the batch size but for rounding; samples are the same for the same seed, prompts and batch size on one machine.
+
+    Nothing outlasts the call: training or evaluation mode of each module, random state and generation config of the
+    model are what they were. The model's own generation config (a repetition penalty, say) is not used.
+
+    Args:
+        model: A causal language model of transformers' kind.
+        tokenizer: Its tokenizer, with an end-of-text token.
+        prompts: Texts (tokenised as the tokenizer does by default) or token ids, none of them empty.
+        max_new_tokens: Longest continuation, in tokens.
+        batch_size: Prompts a batch.
+        temperature: 0 is greedy, above 0 samples.
+        top_p: Sample from the most likely tokens that hold this share of the probability.
+        seed: Of the samples, and of the order of the batches.
+        stop: Strings that end a text.
+        should_stop: Polled at every token; True ends the work.
+        deadline: A value of `time.monotonic()` that ends the work.
+
+    Returns:
+        One generation a prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: If a number is out of range, a prompt is empty, or the tokenizer has no end-of-text token.
+    """
+    _check(max_new_tokens, batch_size, temperature, top_p, stop)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos_token: no text could end before max_new_tokens; set tokenizer.eos_token"
+        )
+    ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    if empty := [index for index, row in enumerate(ids) if not row]:
+        raise ValueError(f"prompt {empty[0]} is empty ({len(empty)} such): a model needs a token to go on from")
+    _warn_if_too_long(model, ids, max_new_tokens)
+    clock = _Clock(should_stop, deadline)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        # top_k 0: transformers would keep the 50 most likely tokens by default.
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=_pad_id(tokenizer),
+        use_cache=True,
+        stop_strings=list(stop) if stop else None,
+    )
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    random.Random(seed).shuffle(batches)
+    results = [Generation("", 0, finished=False, interrupted=True)] * len(ids)
+    with _untouched(model, settings), _own_random_state(_device_of(model)) as reseed:
+        for batch in batches:
+            if clock.is_over():
+                break
+            # By the batch's first prompt, so that a batch does not depend on those before it.
+            reseed(seed * 1_000_003 + batch[0])
+            rows = _generate_batch(model, tokenizer, [ids[index] for index in batch], settings, clock)
+            for index, row in zip(batch, rows, strict=True):
+                results[index] = _read(tokenizer, row, max_new_tokens, stop or ())
+    return results
+
+
+def _generate_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    clock: "_Clock",
+) -> list[list[int]]:
+    """The new tokens of each prompt, with padding after those that ended early."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), _pad_id(tokenizer))
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    device = _device_of(model)
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **({"tokenizer": tokenizer} if settings.stop_strings else {}),
+    )
+    return output[:, width:].tolist()
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, row: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
+    """Turn a row of new tokens into text: up to the end-of-text token, or to the earliest stop string."""
+    finished = tokenizer.eos_token_id in row
+    if finished:
+        row = row[: row.index(tokenizer.eos_token_id) + 1]
+    else:
+        # A row that met a stop string is padded while the others go on.
+        while row and row[-1] == _pad_id(tokenizer):
+            row = row[:-1]
+    text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    ends = [end for mark in stop if (end := text.find(mark)) >= 0]
+    if ends:
+        text, finished = text[: min(ends)], True
+    return Generation(text, len(row), finished, interrupted=not finished and len(row) < max_new_tokens)
+
+
+class _Clock(StoppingCriteria):
+    """Ends a batch when the time is over or a caller says so."""
+
+    def __init__(self, should_stop: Callable[[], bool] | None, deadline: float | None) -> None:
+        self._should_stop = should_stop
+        self._deadline = deadline
+
+    def is_over(self) -> bool:
+        """Whether to stop now."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return True
+        return self._should_stop is not None and self._should_stop()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused: Any) -> torch.Tensor:
+        """True for every row, or for none."""
+        return torch.full((input_ids.shape[0],), self.is_over(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _untouched(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, no gradients, and `settings` as the model's generation config, for a while."""
+    # Module by module: a frozen part of a model in training may well be in evaluation mode.
+    training = [module for module in model.modules() if module.training]
+    own = model.generation_config
+    model.eval()
+    # generate() fills what is not set from the model's own config.
+    model.generation_config = settings
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.generation_config = own
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """A random state apart from the global one, of the CPU and of one device; yields the function that seeds it."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    index = device.index if device.index is not None or module is None else module.current_device()
+
+    def reseed(seed: int) -> None:
+        # torch.manual_seed would also seed the devices that were not forked.
+        torch.default_generator.manual_seed(seed)
+        if module is not None:
+            with module.device(index):
+                module.manual_seed(seed)
+
+    devices, kind = ([], "cuda") if module is None else ([index], device.type)
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        yield reseed
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do, as padding is masked; a tokenizer without one is no reason to refuse."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
+def _check(max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stop: Sequence[str] | None) -> None:
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0 (greedy), got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if isinstance(stop, str) or any(not mark for mark in stop or ()):
+        raise ValueError(f"stop must be a list of strings that are not empty, got {stop!r}")
+
+
+def _warn_if_too_long(model: nn.Module, ids: list[list[int]], max_new_tokens: int) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    too_long = sum(len(row) + max_new_tokens > limit for row in ids) if limit else 0
+    if too_long:
+        log.warning(
+            "%d of %d prompts can reach beyond max_position_embeddings (%d tokens) with max_new_tokens=%d: "
+            "the model was not made for that length",
+            too_long,
+            len(ids),
+            limit,
+            max_new_tokens,
+        )

@@ -1,0 +1,301 @@
+"""Accuracy on problems with a known final answer: generate, find the answer, grade, and say how sure the figure is."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from difftune.evaluation.generation import generate_texts
+from difftune.evaluation.grading import VERDICTS, Grader
+from difftune.evaluation.intervals import wilson_interval
+
+_INTERRUPTED = "interrupted"
+
+
+class Problem(Protocol):
+    """What is asked of a problem, whoever made it."""
+
+    @property
+    def id(self) -> str:
+        """Unique in its set."""
+
+    @property
+    def question(self) -> str:
+        """The question as text."""
+
+    @property
+    def answer(self) -> str:
+        """The gold final answer."""
+
+    @property
+    def prompt_messages(self) -> Sequence[Any]:
+        """The chat before the answer: mappings with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one problem, as it is written to `samples/`."""
+
+    index: int
+    """Place of the problem in its set."""
+    id: str
+    """Of the problem."""
+    question: str
+    """Of the problem."""
+    gold: str
+    """Its right answer."""
+    text: str
+    """What the model wrote."""
+    answer: str | None
+    """The final answer found in it."""
+    verdict: str
+    """How it was graded: one of `grading.VERDICTS`, or "interrupted" where the time was over."""
+    num_tokens: int
+    """Length of the text in tokens."""
+    finished: bool
+    """The model ended the text itself; if it did not, it was cut at `max_new_tokens`."""
+
+
+@dataclass(frozen=True)
+class MathResult:
+    """Figures of one evaluation. Rates are shares of the answers, in 0..1; NaN where there is none."""
+
+    accuracy: float
+    """Share of right answers; with several answers a problem, the mean over the problems of theirs."""
+    interval: tuple[float, float]
+    """95% Wilson interval of the accuracy, for `n` independent problems whatever the answers a problem."""
+    n: int
+    """Problems that were graded."""
+    skipped: int
+    """Problems of which an answer is missing because the time was over."""
+    truncated: float
+    """Share of answers cut at `max_new_tokens`."""
+    unparsed: float
+    """Share of answers in which no final answer was found."""
+    mean_length: float
+    """Mean length of the answers, in tokens."""
+    verdicts: dict[str, int]
+    """Answers by verdict."""
+    samples: list[Sample] = field(repr=False)
+    """Every answer, in the order of the problems."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every problem was graded."""
+        return self.skipped == 0
+
+    def metrics(self) -> dict[str, float]:
+        """The figures that are logged, by name."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_low": self.interval[0],
+            "accuracy_high": self.interval[1],
+            "truncated": self.truncated,
+            "unparsed": self.unparsed,
+            "mean_length": self.mean_length,
+            "n": float(self.n),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the samples, ready for JSON: None stands for NaN."""
+        names = ("accuracy", "interval", "n", "skipped", "truncated", "unparsed", "mean_length", "verdicts")
+        values = {name: getattr(self, name) for name in names}
+        values["interval"] = list(self.interval)
+        return {name: None if value != value else value for name, value in values.items()}
+
+
+@dataclass
+class MathTask:
+    """A set of problems and how they are to be answered; what `ScheduledEvaluation` runs.
+
+    Raises:
+        ValueError: If there is no problem, or if several greedy answers are asked for, which would all be the same.
+    """
+
+    name: str
+    """Names the task in metrics and samples."""
+    problems: Sequence[Problem]
+    """The set."""
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+    batch_size: int = 16
+    """Prompts decoded together."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that hold this share of the probability."""
+    num_samples: int = 1
+    """Answers a problem (avg@k)."""
+    seed: int = 0
+    """Of the samples."""
+    grader: Grader = field(default_factory=Grader)
+    """Kept from one run to the next, as its process takes half a second to start."""
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise ValueError(f"evaluation task {self.name!r} has no problem")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples of task {self.name!r} must be at least 1, got {self.num_samples}")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_samples={self.num_samples} of task {self.name!r} needs temperature > 0: "
+                "greedy answers are all the same"
+            )
+
+    def run(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        part: tuple[int, int] = (0, 1),
+        should_stop: Callable[[], bool] | None = None,
+        deadline: float | None = None,
+    ) -> list[Sample]:
+        """Answer the problems and grade the answers.
+
+        Args:
+            model: The model.
+            tokenizer: With a chat template.
+            part: (r, w): only problems r, r + w, ... of the set, for rank r of w.
+            should_stop: Polled at every token; True ends the work.
+            deadline: A value of `time.monotonic()` that ends the work.
+
+        Returns:
+            `num_samples` samples a problem; those that the time did not allow have the verdict "interrupted".
+
+        Raises:
+            ValueError: If the tokenizer has no chat template or cannot encode a prompt.
+        """
+        indices = range(part[0], len(self.problems), part[1])
+        repeated = [index for index in indices for _ in range(self.num_samples)]
+        prompts = {index: _prompt(tokenizer, self.problems[index]) for index in indices}
+        generations = generate_texts(
+            model,
+            tokenizer,
+            [prompts[index] for index in repeated],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            # Ranks must not draw the same numbers.
+            seed=self.seed * part[1] + part[0],
+            should_stop=should_stop,
+            deadline=deadline,
+        )
+        done = [(index, text) for index, text in zip(repeated, generations, strict=True) if not text.interrupted]
+        grades = iter(self.grader.grade_all((text.text, self.problems[index].answer) for index, text in done))
+        samples = []
+        for index, text in zip(repeated, generations, strict=True):
+            grade = None if text.interrupted else next(grades)
+            problem = self.problems[index]
+            samples.append(
+                Sample(
+                    index=index,
+                    id=problem.id,
+                    question=problem.question,
+                    gold=problem.answer,
+                    text=text.text,
+                    answer=grade.answer if grade else None,
+                    verdict=grade.verdict if grade else _INTERRUPTED,
+                    num_tokens=text.num_tokens,
+                    finished=text.finished,
+                )
+            )
+        return samples
+
+    def summarise(self, samples: Iterable[Sample]) -> MathResult:
+        """Figures of the samples, of all parts together."""
+        return summarise(samples)
+
+    def close(self) -> None:
+        """End the grading process."""
+        self.grader.close()
+
+
+def evaluate_math(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 0,
+    should_stop: Callable[[], bool] | None = None,
+    deadline: float | None = None,
+) -> MathResult:
+    """Accuracy of a model on problems.
+
+    Args:
+        model: A causal language model of transformers' kind; mode and random state are left as they are.
+        tokenizer: With an end-of-text token and a chat template.
+        problems: With `id`, `question`, `answer` and `prompt_messages`.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts decoded together.
+        temperature: 0 is greedy.
+        top_p: Sample from the most likely tokens that hold this share of the probability.
+        num_samples: Answers a problem; needs `temperature` > 0.
+        seed: Of the samples.
+        should_stop: Polled at every token; True ends the work.
+        deadline: A value of `time.monotonic()` that ends the work.
+
+    Returns:
+        The result; partial (`complete` is False) where the work was ended early.
+
+    Raises:
+        ValueError: If a setting is out of range, there is no problem, or a prompt cannot be built.
+    """
+    task = MathTask("math", problems, max_new_tokens, batch_size, temperature, top_p, num_samples, seed)
+    try:
+        return summarise(task.run(model, tokenizer, should_stop=should_stop, deadline=deadline))
+    finally:
+        task.close()
+
+
+def summarise(samples: Iterable[Sample]) -> MathResult:
+    """Figures of graded samples; interrupted ones count as skipped."""
+    samples = sorted(samples, key=lambda sample: sample.index)
+    done = [sample for sample in samples if sample.verdict != _INTERRUPTED]
+    right_by_problem: dict[int, list[bool]] = {}
+    for sample in done:
+        right_by_problem.setdefault(sample.index, []).append(sample.verdict == "correct")
+    accuracy = _mean([fmean(right) for right in right_by_problem.values()])
+    counts = Counter(sample.verdict for sample in done)
+    return MathResult(
+        accuracy=accuracy,
+        interval=wilson_interval(accuracy, len(right_by_problem)),
+        n=len(right_by_problem),
+        skipped=len({sample.index for sample in samples if sample.verdict == _INTERRUPTED}),
+        truncated=_mean([not sample.finished for sample in done]),
+        unparsed=_mean([sample.verdict == "unparsed" for sample in done]),
+        mean_length=_mean([sample.num_tokens for sample in done]),
+        verdicts={verdict: counts[verdict] for verdict in VERDICTS},
+        samples=samples,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else float("nan")
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    """Token ids of the chat up to the point where the model answers, as in training."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, which problems need: put a chat_template.jinja into its folder"
+        )
+    text = tokenizer.apply_chat_template(list(problem.prompt_messages), tokenize=False, add_generation_prompt=True)
+    try:
+        # The template has written the special tokens already.
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ValueError(
+            f"problem {problem.id}: the tokenizer cannot encode its prompt ({error}): leave it out, or use a tokenizer "
+            "that knows every character, such as bytes"
+        ) from error

@@ -1,0 +1,1 @@
+"""What Lightning calls: the training module, the optimiser, checkpoints, callbacks and loggers."""

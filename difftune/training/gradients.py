@@ -1,0 +1,42 @@
+"""Scale and clip the gradients of an optimiser step in one pass over them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+
+def rescale_and_clip_(
+    gradients: Sequence[torch.Tensor], scale: torch.Tensor, max_norm: float | None = None
+) -> torch.Tensor:
+    """Multiply ``gradients`` by ``scale``, then shrink them to the norm ``max_norm``, in place.
+
+    Equals ``torch._foreach_mul_(gradients, scale)`` followed by ``torch.nn.utils.clip_grad_norm_``, without
+    reading the gradients a third time and without waiting for the device.
+
+    Args:
+        gradients: At least one tensor; sharded ones (DTensor) count with all their shards.
+        scale: Scalar tensor on the device of the gradients.
+        max_norm: Largest 2-norm over all gradients together. None: no clipping.
+
+    Returns:
+        The norm after scaling and before clipping, shape ``()``: NaN or infinite if any gradient is.
+
+    Example:
+        >>> gradient = torch.tensor([30.0, 40.0])
+        >>> rescale_and_clip_([gradient], torch.tensor(0.1), max_norm=1.0), gradient
+        (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    assert gradients, "an optimiser step needs at least one gradient"
+    norm = get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    # In bfloat16 the factor itself would be off by up to 0.4%.
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    norm = norm.to(dtype) * scale.to(dtype)
+    factor = scale.to(dtype)
+    if max_norm is not None:
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(list(gradients), factor)
+    return norm

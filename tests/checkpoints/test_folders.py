@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from difftune.checkpoints.folders import check_names, read_json, read_tensors, resolve_folder
+
+
+def test_folder_is_returned_and_other_things_are_refused(tmp_path: Path) -> None:
+    assert resolve_folder(tmp_path) == tmp_path
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file: give the folder"):
+        resolve_folder(file)
+    with pytest.raises(ValueError, match="does not exist: give a folder, or a hub id"):
+        resolve_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match="does not exist"):
+        resolve_folder("just-a-name")
+
+
+def test_unreachable_hub_id_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="runs/absent is neither a folder here nor a hub repository"):
+        resolve_folder("runs/absent")
+
+
+def test_broken_json_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{\n"a": 1,\n}')
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON: .*line 3"):
+        read_json(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        read_json(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_json(tmp_path / "other.json")
+
+
+def test_shards_are_put_together(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "two.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    assert {name: tuple(t.shape) for name, t in read_tensors(tmp_path).items()} == {"a": (2,), "b": (3,)}
+
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}))
+    with pytest.raises(ValueError, match=r"1 missing \(c\); 1 extra \(b\)"):
+        read_tensors(tmp_path)
+    (tmp_path / "one.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"one\.safetensors does not exist: the checkpoint is incomplete"):
+        read_tensors(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        read_tensors(tmp_path)
+
+
+def test_missing_and_truncated_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        read_tensors(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged or incomplete"):
+        read_tensors(tmp_path)
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    with pytest.raises(ValueError, match=r"20 missing \(t00, .*, t07 and 12 more\)$"):
+        check_names([], [f"t{i:02}" for i in range(20)], source="x", expected_by="y")

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from difftune.checkpoints.layouts import (
+    fold_norm_weight,
+    groups_to_halves,
+    halves_to_groups,
+    join_pair,
+    split_pair,
+)
+
+
+@pytest.mark.parametrize("rows", [torch.randn(12, 5), torch.randn(12)], ids=["weight", "bias"])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_value_rows_survive_the_round_trip(rows: torch.Tensor, groups: int) -> None:
+    assert torch.equal(groups_to_halves(halves_to_groups(rows, groups), groups), rows)
+    assert torch.equal(halves_to_groups(groups_to_halves(rows, groups), groups), rows)
+
+
+def test_value_rows_of_a_group_are_its_two_halves() -> None:
+    head_dim, groups = 4, 3
+    rows = torch.arange(2 * groups * head_dim)
+    heads = rows.view(2 * groups, head_dim)
+    ours = halves_to_groups(rows, groups).view(groups, 2 * head_dim)
+    for group in range(groups):
+        assert torch.equal(ours[group], torch.cat([heads[group], heads[group + groups]]))
+
+
+def test_pair_survives_the_round_trip() -> None:
+    fused = torch.randn(8, 3)
+    first, second = split_pair(fused)
+    assert torch.equal(first, fused[:4])
+    assert torch.equal(second, fused[4:])
+    assert torch.equal(join_pair(first, second), fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_folded_norm_weight_computes_the_same(dtype: torch.dtype) -> None:
+    x, o_weight, norm_weight = (torch.randn(*s, dtype=dtype) for s in ((7, 3, 8), (5, 24), (8,)))
+    expected = (x * norm_weight).flatten(1) @ o_weight.T
+    folded = fold_norm_weight(o_weight, norm_weight)
+    assert folded.dtype == dtype
+    torch.testing.assert_close(x.flatten(1) @ folded.T, expected)
+
+
+def test_folding_bfloat16_weights_is_exact() -> None:
+    o_weight, norm_weight = torch.randn(5, 16).bfloat16(), torch.randn(8).bfloat16()
+    folded = fold_norm_weight(o_weight, norm_weight)
+    assert torch.equal(folded.double(), o_weight.double() * norm_weight.double().repeat(2))
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="even number of rows, got 3"):
+        split_pair(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"differ in shape: \(2,\), \(3,\)"):
+        join_pair(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="10 value rows do not divide into 2 x 3 heads"):
+        halves_to_groups(torch.zeros(10), 3)
+    with pytest.raises(ValueError, match="10 columns, not a whole number of heads of 4"):
+        fold_norm_weight(torch.zeros(1, 10), torch.zeros(4))

@@ -1,0 +1,120 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from difftune.checkpoints.load import load_model
+from difftune.modeling import DiffTransformerForCausalLM
+
+MakeModel = Callable[..., DiffTransformerForCausalLM]
+
+
+def test_difftune_folder_is_loaded_to_the_bit(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(attention="diff_v2")
+    model.generation_config.temperature = 0.6
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert again.generation_config.temperature == 0.6
+    assert not again.training
+
+
+def test_diffllama_folder_is_recognised(make_diffllama: Callable[..., DiffLlamaForCausalLM], tmp_path: Path) -> None:
+    make_diffllama().save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.bfloat16, attention_backend="reference")
+    assert isinstance(model, DiffTransformerForCausalLM)
+    assert (model.config.attention, model.config.subln, model.dtype) == ("diff_v1", "plain", torch.bfloat16)
+    assert model.config.attention_backend == "reference"
+    assert model.config._name_or_path == str(tmp_path)
+
+
+def test_attention_backend_is_as_stored_unless_asked(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model(attention_backend="reference").save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.attention_backend == "reference"
+    assert load_model(tmp_path, attention_backend="sdpa").config.attention_backend == "sdpa"
+
+
+def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
+    size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'llama', which is not readable; readable are: a difftune folder"):
+        load_model(tmp_path)
+
+
+def test_folders_without_a_model_are_refused_with_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json; readable are"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"it is a run folder: give .*export, or one of .*checkpoints"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="it is a PEFT adapter: merge it"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_model(tmp_path / "absent")
+
+
+def test_missing_tensors_of_our_own_format_are_an_error(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.self_attn.lambda_full.lambda_k2"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"1 missing \(model\.layers\.2\.self_attn\.lambda_full\.lambda_k2\)"):
+        load_model(tmp_path)
+
+
+@pytest.fixture
+def training_checkpoint(make_model: MakeModel, tmp_path: Path) -> tuple[Path, DiffTransformerForCausalLM]:
+    """A checkpoint as training writes it, after one step, and the model that was trained."""
+    from lightning.pytorch import Trainer
+
+    from difftune.training.checkpoint_io import AtomicCheckpointIO
+    from difftune.training.finetune import FinetuneModule
+
+    model = make_model(tie_word_embeddings=True, attention_backend="reference")
+    ids = torch.randint(3, 61, (2, 20))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=tmp_path,
+    )
+    loader = torch.utils.data.DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
+    trainer.fit(FinetuneModule(model, lr=1e-2), loader)
+    path = tmp_path / "run" / "checkpoints" / "step-00000001"
+    trainer.save_checkpoint(path)
+    return path, model
+
+
+def test_training_checkpoint_is_loaded_to_the_bit(
+    training_checkpoint: tuple[Path, DiffTransformerForCausalLM],
+) -> None:
+    path, model = training_checkpoint
+    again = load_model(path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.config.attention_backend == "reference"
+    assert load_model(path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"holds training checkpoints: give one of them, such as .*step-00000001"):
+        load_model(path.parent)
+
+
+def test_damaged_training_checkpoint_is_refused(
+    training_checkpoint: tuple[Path, DiffTransformerForCausalLM],
+) -> None:
+    path, _ = training_checkpoint
+    content = bytearray((path / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not what its manifest\.json says"):
+        load_model(path)

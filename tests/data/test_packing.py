@@ -1,0 +1,72 @@
+import time
+
+import numpy as np
+import pytest
+
+from difftune.data.packing import pack_best_fit
+
+
+def pack(lengths, capacity, order=None):
+    lengths = np.asarray(lengths)
+    return pack_best_fit(lengths, np.arange(len(lengths)) if order is None else order, capacity)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_document_is_in_exactly_one_row_that_holds_it(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 65, size=rng.integers(1, 400))
+    rows = pack(lengths, 64, rng.permutation(len(lengths)))
+    assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
+    assert all(row and lengths[row].sum() <= 64 for row in rows)
+
+
+def plain_best_fit(lengths, capacity):
+    """The definition, written a second time: look at every row."""
+    rows = []
+    for document in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        fitting = [row for row in rows if capacity - sum(lengths[n] for n in row) >= lengths[document]]
+        if fitting:
+            max(fitting, key=lambda row: sum(lengths[n] for n in row)).append(document)
+        else:
+            rows.append([document])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_is_as_tight_as_best_fit_decreasing(seed):
+    lengths = np.random.default_rng(seed).integers(1, 33, size=120).tolist()
+    fast, slow = pack(lengths, 32), plain_best_fit(lengths, 32)
+    fill = sorted(sum(lengths[n] for n in row) for row in fast)
+    assert fill == sorted(sum(lengths[n] for n in row) for row in slow)
+
+
+def test_takes_the_fullest_row_that_fits():
+    assert [sorted(row) for row in pack([6, 5, 3, 4], 10)] == [[0, 3], [1, 2]]
+
+
+def test_number_of_rows_does_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 100, size=500)
+    assert len({len(pack(lengths, 128, rng.permutation(500))) for _ in range(10)}) == 1
+
+
+def test_order_decides_which_of_equal_documents_share_a_row():
+    assert pack([5, 5, 5, 5], 10, np.array([3, 1, 0, 2])) == [[3, 1], [0, 2]]
+
+
+def test_only_the_documents_asked_for_are_packed():
+    assert pack([5, 5, 50, 5], 10, np.array([3, 0])) == [[3, 0]]
+    assert pack([], 10) == []
+
+
+def test_document_longer_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match="a document of 11 tokens does not fit a row of 10"):
+        pack([3, 11], 10)
+
+
+def test_a_hundred_thousand_documents_take_seconds():
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 100_000).astype(np.int64), 1, 2048)
+    start = time.perf_counter()
+    rows = pack(lengths, 2048)
+    assert time.perf_counter() - start < 5
+    assert lengths.sum() / (len(rows) * 2048) > 0.99

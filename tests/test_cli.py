@@ -1,0 +1,290 @@
+"""The command line: what it accepts, what it says, and its exit codes."""
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import difftune
+from difftune import cli
+from difftune.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = """
+tokenizer: digits
+data: {train: [{path: synthetic:arithmetic}]}
+trainer: {max_steps: 10}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stands in for difftune.run: keeps what it is called with, so that no torch is needed."""
+    seen: dict[str, Any] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(config: Any, **arguments: Any) -> None:
+            seen.update(command=name, config=config, arguments=arguments)
+
+        return record
+
+    fake = types.ModuleType("difftune.run")
+    for name in ("fit", "evaluate", "generate", "export"):
+        setattr(fake, name, recorder(name))
+    monkeypatch.setitem(sys.modules, "difftune.run", fake)
+    monkeypatch.setattr(difftune, "run", fake, raising=False)
+    return seen
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a command line that is wrong."""
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    assert printed.err.startswith("difftune: error: ")
+    return printed.err.removeprefix("difftune: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "--config", "RECIPE", "seed=3", "--optim.lr=0.5"],
+        ["--config", "RECIPE", "fit", "--optim.lr=0.5", "seed=3"],
+        ["seed=3", "--optim.lr=0.5", "fit", "--config=RECIPE"],
+        ["--optim.lr=0.5", "--config", "RECIPE", "seed=3", "fit"],
+    ],
+)
+def test_command_config_and_overrides_stand_in_any_order(
+    calls: dict[str, Any], recipe: str, arguments: list[str]
+) -> None:
+    assert cli.main([argument.replace("RECIPE", recipe) for argument in arguments]) == 0
+    assert calls["config"] == load_config(recipe, ["seed=3", "optim.lr=0.5"])
+    assert calls["command"] == "fit" and calls["arguments"] == {"dry_run": False}
+
+
+def test_dry_run_is_passed_on(calls: dict[str, Any], recipe: str) -> None:
+    assert cli.main(["fit", "--config", recipe, "--dry-run"]) == 0
+    assert calls["arguments"] == {"dry_run": True}
+
+
+def test_the_exit_code_of_a_stopped_run_is_passed_on(
+    calls: dict[str, Any], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["difftune.run"], "fit", lambda config, dry_run: 143)
+    assert cli.main(["fit", "--config", recipe]) == 143
+
+
+def test_evaluate_turns_its_options_into_config(calls: dict[str, Any]) -> None:
+    arguments = ["--model", "m: 1", "--data", "a.jsonl", "--data=b.jsonl", "--limit", "5", "--max-new-tokens", "7"]
+    assert cli.main(["evaluate", *arguments, "--batch-size=2", "--out", "results", "evaluation.top_p=0.5"]) == 0
+    config = calls["config"]
+    assert config.model.path == "m: 1" and config.tokenizer is None
+    assert [(t.path, t.limit, t.max_new_tokens) for t in config.evaluation.tasks] == [("a.jsonl", 5, 7), ("b.jsonl", 5, 7)]
+    assert (config.evaluation.batch_size, config.evaluation.top_p) == (2, 0.5)
+    assert calls["arguments"] == {"out": Path("results")}
+
+
+def test_evaluate_takes_the_tasks_of_a_recipe_and_the_tokenizer_of_the_model(
+    calls: dict[str, Any], recipe: str
+) -> None:
+    Path(recipe).write_text(RECIPE + "model: {hidden_size: 64}\nevaluation: {tasks: [{path: a.jsonl, limit: 9}]}\n")
+    assert cli.main(["evaluate", "--config", recipe, "--model", "m"]) == 0
+    config = calls["config"]
+    assert config.evaluation.tasks[0].limit == 9
+    assert config.tokenizer is None and config.model.architecture() == {}
+
+
+def test_generate_takes_prompts_and_standard_input(calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(read=lambda: "from a pipe"))
+    assert cli.main(["generate", "--model", "m", "--prompt", "1+1=?", "--prompt", "-", "--temperature", "0.5"]) == 0
+    assert calls["arguments"] == {"prompts": ["1+1=?", "from a pipe"]}
+    assert calls["config"].evaluation.temperature == 0.5
+
+
+def test_export_names_a_format_and_a_folder(calls: dict[str, Any]) -> None:
+    assert cli.main(["export", "--model", "m", "--format", "difftune", "--out", "o"]) == 0
+    assert (calls["config"].export.format, calls["arguments"]) == ("difftune", {"out": Path("o")})
+    assert cli.main(["export", "--model", "m", "--out", "o"]) == 0
+    assert calls["config"].export.format == "diffllama"
+
+
+def test_print_config_shows_what_loads_again_and_runs_nothing(
+    calls: dict[str, Any], recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["fit", "--config", recipe, "--print-config", "seed=7"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(recipe, ["seed=7"]) and not calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fti"], "unknown command 'fti'; did you mean fit?"),
+        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export"),
+        (["--model", "m"], "which command? one of fit, evaluate, generate, export"),
+        (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
+        (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
+        (["fit", "--config"], "--config needs a value: --config FILE"),
+        (["fit", "--config", "a", "--config", "b"], "--config is given twice; a recipe can build on another with base:"),
+        (["fit", "--dry-run=1"], "--dry-run takes no value, got '1'"),
+        (["fit", "--dryrun"], "unknown option --dryrun; did you mean --dry-run?"),
+        (["fit", "-x"], "unknown option -x"),
+        (
+            ["fit", "--trainer.max_steps", "3"],
+            "unknown option --trainer.max_steps; to set a recipe key, write trainer.max_steps=VALUE",
+        ),
+        (["fit", "now"], "unexpected argument 'now'; to set a recipe key, write KEY=VALUE"),
+        (["fit", "--prompt", "x"], "--prompt is not an option of fit, but of generate"),
+        (["evaluate", "--model", "m"], "evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks"),
+        (["generate", "--model", "m"], "generate needs --prompt; see difftune generate --help"),
+        (["export", "--model", "m"], "export needs --out; see difftune export --help"),
+        (["fit", "--config", "nowhere.yaml"], "recipe not found: nowhere.yaml"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert refuse(capsys, *arguments) == message
+
+
+def test_a_misspelt_key_is_one_message_with_file_and_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(recipe).write_text(RECIPE + "optim:\n  lrr: 1\n")
+    message = refuse(capsys, "fit", "--config", recipe)
+    assert message == f"1 problem in {recipe}:\n  {recipe}:6: unknown key 'optim.lrr'; did you mean 'optim.lr'?"
+
+
+def test_a_wrong_option_names_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refuse(capsys, "generate", "--model", "m", "--prompt", "x", "--temperature", "hot")
+    assert "command line (evaluation.temperature=...): evaluation.temperature must be a number, got 'hot'" in message
+    assert "model.path: export needs a model; give --model DIR" in refuse(capsys, "export", "--out", "o", "seed=1")
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fit(config: Any, dry_run: bool) -> None:
+        raise error
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "traceback"),
+    [
+        (FileNotFoundError("no such file: a.jsonl"), 2, False),
+        (PermissionError("not yours"), 2, False),
+        (ValueError("from a library"), 1, True),
+        (RuntimeError("out of memory"), 1, True),
+        (KeyboardInterrupt(), 130, False),
+    ],
+)
+def test_failures_of_a_run_have_their_exit_codes(
+    calls: dict[str, Any],
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    traceback: bool,
+) -> None:
+    monkeypatch.setattr(sys.modules["difftune.run"], "fit", raising(error))
+    assert cli.main(["fit", "--config", recipe]) == code
+    assert ("Traceback" in capsys.readouterr().err) == traceback
+
+
+def test_a_value_that_our_code_refuses_is_the_users_error(
+    calls: dict[str, Any], recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(config: Any, dry_run: bool) -> None:
+        load_config(None, ["seed=-1"])
+
+    monkeypatch.setattr(sys.modules["difftune.run"], "fit", fit)
+    assert "seed must be at least 0, got -1" in refuse(capsys, "fit", "--config", recipe)
+
+
+def test_debug_shows_the_traceback(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--debug", "fit", "--config", recipe, "seed=x"]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and printed.rstrip().endswith("seed must be an integer, got 'x'")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_shows_every_option_and_examples_that_parse(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in cli.COMMANDS[command].options:
+        assert f"--{option.name}" in text and option.help in text
+    examples = [line.split("   ")[0].strip() for line in cli.COMMANDS[command].examples.splitlines() if line.strip()]
+    assert examples
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        assert program == "difftune" and cli.parse(arguments).command == command
+
+
+def test_options_name_keys_that_exist() -> None:
+    from difftune.config_text import documented_keys
+
+    known = {key.path for key in documented_keys()}
+    keys = [option.key for command in cli.COMMANDS.values() for option in command.options if option.key]
+    assert keys and {key.replace(".*", "[]") for key in keys} <= known
+
+
+def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"difftune {difftune.__version__}\n"
+    assert cli.main([]) == 2
+    assert "usage: difftune COMMAND" in capsys.readouterr().err
+
+
+def test_list_keys_shows_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--list-keys"]) == 0
+    assert "trainer.max_steps (an integer, default -1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["fit", "--list-keys"]])
+def test_help_loads_no_torch(arguments: list[str]) -> None:
+    program = "import sys\nfrom difftune.cli import main\ncode = main(sys.argv[1:])\n"
+    program += "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\nsys.exit(code)"
+    subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_launcher_is_the_same_command_line() -> None:
+    """Also that help comes in under half a second: the best of three, as the machine may be busy."""
+    import time
+
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and done.stdout.rstrip("\n") == cli.help_text()
+    assert min(times) < 0.5
+
+
+def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["--version"])
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1" and os.environ["DO_NOT_TRACK"] == "1"
+    monkeypatch.setenv("DO_NOT_TRACK", "0")
+    cli.main(["--version"])
+    assert os.environ["DO_NOT_TRACK"] == "0", "a user's own setting stays"

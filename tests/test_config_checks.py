@@ -1,0 +1,91 @@
+"""Checks across keys: each told, all together, with the remedy."""
+
+import pytest
+
+from difftune.config import TaskConfig, load_config
+from difftune.config_checks import task_name
+
+ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]", "trainer.max_steps=10")
+
+
+def refusal(*overrides: str, command: str = "fit") -> list[str]:
+    with pytest.raises(ValueError) as failure:
+        load_config(None, [*(ENOUGH if command == "fit" else ()), *overrides], command=command)
+    return [line.strip() for line in str(failure.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["tokenizer=null"], "tokenizer: a fresh model needs one (digits, bytes, a folder or a hub id)"),
+        (["model.path=m", "model.head_dim=8"], "model.path: the architecture comes with the weights"),
+        (["data.train=[]"], "data.train: nothing to train on; set data.train=[{path: FILE}]"),
+        (
+            ["data.seq_len=128", "model.max_position_embeddings=64"],
+            "data.seq_len: 128 is more than model.max_position_embeddings, 64",
+        ),
+        (["trainer.max_steps=-1"], "trainer.max_steps: training would never end; set max_steps, max_epochs or max_time"),
+        (["trainer.max_steps=0"], "trainer.max_steps: 0 trains nothing"),
+        (["trainer.max_time=8h"], "trainer.max_time: must be DD:HH:MM:SS, such as 00:08:00:00, got '8h'"),
+        (["trainer.precision=16-mixed", "trainer.accelerator=cpu"], "trainer.precision: 16-mixed needs a GPU"),
+        (["optim.warmup_steps=10"], "optim.warmup_steps: 10 must be less than trainer.max_steps, 10"),
+        (["optim.schedule=constant", "optim.min_lr_ratio=0.1"], "optim.min_lr_ratio: a constant schedule does not decay"),
+        (["export={}", "model.attention=diff_v2"], "export.format: diffllama holds diff_v1 only, and model.attention is"),
+        (["stages=[{name: a}, {name: a}]"], "stages: the name 'a' stands twice"),
+        (["stages=[{name: a b}]"], "stages: 'a b' cannot name a stage"),
+        (["stages=[{name: '1'}]"], "stages: '1' cannot name a stage"),
+        (["evaluation.tasks=[{path: x/a.jsonl}, {path: y/a.jsonl}]"], "evaluation.tasks: two tasks are named 'a'"),
+        (["evaluation.num_samples=4"], "evaluation.num_samples: 4 greedy answers are all the same; set temperature"),
+        (["evaluation.every_n_steps=5"], "evaluation.every_n_steps: there are no evaluation.tasks"),
+        (["evaluation.every_fraction=0.5"], "evaluation.every_fraction: there are no evaluation.tasks"),
+        (["checkpoint.best_metric=eval/a/accuracy"], "checkpoint.best_metric: 'eval/a/accuracy' is not measured"),
+        (["checkpoint.best_metric=train/loss"], "checkpoint.best_metric: 'train/loss' is not measured"),
+        (
+            ["checkpoint.best_metric=eval/a/accuracy", "evaluation.tasks=[{path: b.jsonl}]"],
+            "checkpoint.best_metric: 'eval/a/accuracy' is not measured; one of eval/b/accuracy",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused(overrides: list[str], expected: str) -> None:
+    (problem,) = refusal(*overrides)
+    assert problem.startswith(expected)
+
+
+def test_problems_are_collected_and_name_their_stage() -> None:
+    found = refusal("tokenizer=null", "trainer.max_steps=-1", "stages=[{name: a}, {name: b, trainer: {max_epochs: 1}}]")
+    assert [problem.split(";")[0] for problem in found] == [
+        "tokenizer: a fresh model needs one (digits, bytes, a folder or a hub id)",
+        "stage 'a': trainer.max_steps: training would never end",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.path=m", "model.max_position_embeddings=65536", "model.rope_parameters={rope_theta: 640000.0}"],
+        ["trainer.max_steps=-1", "trainer.max_time=00:00:10:00"],
+        ["checkpoint.best_metric=eval/a/accuracy", "evaluation.tasks=[{path: x/a.jsonl}]"],
+        ["checkpoint.best_metric=eval/a/mean_length", "checkpoint.best_mode=min", "evaluation.tasks=[{path: a}]"],
+        ["evaluation.num_samples=4", "evaluation.temperature=0.6"],
+        ["export={format: difftune}", "model.attention=diff_v2"],
+    ],
+)
+def test_keys_that_do_fit_are_accepted(overrides: list[str]) -> None:
+    assert load_config(None, [*ENOUGH, *overrides]).tokenizer == "digits"
+
+
+def test_other_commands_need_a_model_but_no_training() -> None:
+    assert load_config(None, ["model.path=m"], command="generate").model.path == "m"
+    assert refusal("tokenizer=digits", command="export") == ["model.path: export needs a model; give --model DIR"]
+    assert refusal("model.path=m", command="evaluate") == [
+        "evaluation.tasks: nothing to evaluate; give --data FILE, or a recipe with tasks"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("data/gsm8k.jsonl", "gsm8k"), ("synthetic:arithmetic", "arithmetic"), ("openai/gsm8k", "gsm8k")],
+)
+def test_a_task_is_named_after_its_path(path: str, name: str) -> None:
+    assert task_name(TaskConfig(path=path)) == name
+    assert task_name(TaskConfig(path=path, name="mine")) == "mine"

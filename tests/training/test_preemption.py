@@ -1,0 +1,112 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from difftune.training.checkpoint import Checkpointing
+from difftune.training.checkpoint_io import find_resumable, step_of
+from difftune.training.loggers import MetricsLogger
+from difftune.training.preemption import Preemption
+from tests.training.toy import ToyData, build_module, build_trainer, parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+def signalled(folder, number, *arguments, pick=lambda ranks: ranks[0]):
+    """Run the toy as a program; send a signal to one process once it has passed step 3; return code and errors."""
+    command = [sys.executable, "-m", "tests.training.toy", str(folder), *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ranks = {}
+    try:
+        for line in process.stdout:
+            rank, pid, step = map(int, re.findall(r"\d+", line))
+            ranks[rank] = pid
+            if step >= 3 and len(ranks) == (2 if "--devices" in arguments else 1):
+                os.kill(pick(ranks), number)
+                break
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+def test_sigterm_in_mid_run_saves_exits_143_and_resumes_as_if_nothing_had_happened(tmp_path):
+    code, errors = signalled(tmp_path, signal.SIGTERM)
+    assert code == 128 + 15, errors
+    path = find_resumable(tmp_path / "checkpoints")
+    step = step_of(path)
+    assert f"SIGTERM received: stopping after optimiser step {step}" in errors
+    assert 3 <= step < 20
+
+    finished = []
+    for folder, resume in ((tmp_path / "straight", None), (tmp_path, path)):
+        module = build_module(dropout=0.1)
+        logger = MetricsLogger(folder / "metrics.jsonl", resume_step=step if resume else None)
+        trainer = build_trainer(
+            [Checkpointing(folder / "checkpoints", every_n_steps=6)], accumulate_grad_batches=2, logger=logger
+        )
+        trainer.fit(module, ToyData(), ckpt_path=resume)
+        lines = [json.loads(line) for line in logger.path.read_text().splitlines()]
+        metrics = [(line["step"], line["tokens"], line["name"], line["value"]) for line in lines]
+        finished.append((parameters(module.model), metrics))
+    (straight, metrics), (resumed, metrics_of_both) = finished
+    assert torch.equal(straight, resumed)
+    assert metrics == metrics_of_both
+
+
+@pytest.mark.parametrize("rank", [1])
+def test_a_signal_to_one_of_two_ranks_stops_both(rank, tmp_path):
+    code, errors = signalled(tmp_path, signal.SIGTERM, "--devices", "2", pick=lambda ranks: ranks[rank])
+    assert code == 143, errors
+    assert find_resumable(tmp_path / "checkpoints") is not None
+
+
+class Signal(Callback):
+    """Signals this process during the third optimiser step, and looks at Lightning's own flag."""
+
+    def __init__(self, number):
+        self.number, self.lightning_saw = number, None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 4:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_end(self, trainer, pl_module):
+        self.lightning_saw = trainer.received_sigterm
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_at_the_next_optimiser_step_and_lightning_does_not_interfere(number, tmp_path):
+    before = signal.getsignal(number)
+    with Preemption() as preemption:
+        sender = Signal(number)
+        trainer = build_trainer([sender, preemption, Checkpointing(tmp_path)], accumulate_grad_batches=2)
+        trainer.fit(build_module(), ToyData())
+        assert signal.getsignal(number) == preemption._note
+        assert preemption.is_preempted()
+    assert signal.getsignal(number) == before
+    assert trainer.global_step == 3 and step_of(find_resumable(tmp_path)) == 3
+    assert preemption.exit_code == 128 + number
+    assert sender.lightning_saw is False
+
+
+def test_a_signal_before_training_is_not_lost(tmp_path):
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        trainer = build_trainer([preemption, Checkpointing(tmp_path)])
+        trainer.fit(build_module(), ToyData())
+    assert trainer.global_step == 1 and preemption.exit_code == 143
+
+
+def test_without_a_signal_there_is_no_exit_code():
+    with Preemption() as preemption:
+        trainer = build_trainer([preemption], max_steps=2)
+        trainer.fit(build_module(), ToyData())
+    assert trainer.global_step == 2 and preemption.exit_code is None and not preemption.is_preempted()
