@@ -97,7 +97,7 @@ def run_child(module: str, arguments: Sequence[str], threads: int, timeout_s: fl
     )
     results = [line[len(_RESULT) :] for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode or not results:
-        raise SystemExit(f"{module} {' '.join(arguments)} failed with code {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join([module, *arguments])} failed with code {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(results[-1])
 
 

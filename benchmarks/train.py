@@ -1,4 +1,4 @@
-"""Training speed on the CPU: difftune as `difftune fit` runs it, against a bare loop and TRL on transformers' DiffLlama.
+"""Training speed on the CPU: `difftune fit` against a bare loop and TRL on transformers' DiffLlama.
 
 python -m benchmarks.train [--threads 2] [--rounds 3] [--steps 10]
 
@@ -59,7 +59,7 @@ def model_size(args: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def tokenizer(args: argparse.Namespace, folder: Path) -> Any:
+def tokenizer(args: argparse.Namespace) -> Any:
     """A tokenizer for which the text `t7 t9` is the ids 7 and 9."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -137,7 +137,7 @@ def run_trl(args: argparse.Namespace) -> None:
             model=build_diffllama(**model_size(args)),
             args=settings,
             train_dataset=Dataset.from_dict({"input_ids": rows}),
-            processing_class=tokenizer(args, Path(folder)),
+            processing_class=tokenizer(args),
             callbacks=[Clock()],
         )
         torch.set_num_threads(args.threads)
@@ -147,57 +147,46 @@ def run_trl(args: argparse.Namespace) -> None:
 
 
 def run_ours(args: argparse.Namespace, equal: bool, packing: bool) -> None:
-    """Our data module, training module and callbacks under Lightning's Trainer."""
-    from lightning.pytorch import Callback, Trainer
-
+    """`difftune fit` on a recipe: its data module, training module, callbacks and loggers; timed by its metrics."""
     from benchmarks.baselines import build_difftune
-    from difftune.data.datamodule import SFTDataModule
-    from difftune.data.sources import Source
-    from difftune.training.callbacks import LambdaMonitor, Throughput
-    from difftune.training.finetune import FinetuneModule
-    from difftune.training.loggers import MetricsLogger
-
-    losses, ends, labels = [], [], []
-
-    class Clock(Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            ends.append(time.perf_counter())
-            labels.append(int((batch["labels"] != -100).sum()))
-            losses.append(module.logged["train/loss"])
+    from difftune.config import load_config
+    from difftune.run import fit
 
     steps = args.steps + WARM_UP
     # Packed rows hold several documents each.
     count = args.batch_size * steps * (8 if packing else 1)
     with tempfile.TemporaryDirectory() as folder:
+        model, source, recipe, run_dir = (Path(folder) / name for name in ("model", "docs.jsonl", "r.yaml", "run"))
+        build_difftune(**model_size(args)).save_pretrained(model)
+        tokenizer(args).save_pretrained(model)
         texts = [" ".join(f"t{i}" for i in row[:-1]) for row in documents(args, equal, count)]
-        source = Path(folder) / "documents.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        data = SFTDataModule(
-            tokenizer=tokenizer(args, Path(folder)),
-            train=[Source(path=str(source), format="text")],
-            seq_len=args.seq_len,
-            micro_batch_size=args.batch_size,
-            packing=packing,
-            shuffle=False,
-        )
-        module = FinetuneModule(
-            build_difftune(**model_size(args)), lr=LR, betas=BETAS, weight_decay=0.0, schedule="constant"
-        )
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            gradient_clip_val=CLIP,
-            log_every_n_steps=1,
-            logger=MetricsLogger(Path(folder) / "metrics.jsonl"),
-            callbacks=[Throughput(), LambdaMonitor(), Clock()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(module, datamodule=data)
-    finish(args, losses, ends, labels)
+        config = {
+            "run_dir": str(run_dir),
+            "model": {"path": str(model)},
+            "data": {
+                "train": [{"path": str(source), "format": "text"}],
+                "seq_len": args.seq_len,
+                "micro_batch_size": args.batch_size,
+                "packing": packing,
+                "shuffle": False,
+            },
+            "optim": {"lr": LR, "betas": list(BETAS), "weight_decay": 0.0, "schedule": "constant"},
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": steps,
+                "gradient_clip_val": CLIP,
+                "log_every_n_steps": 1,
+            },
+            "export": None,
+        }
+        recipe.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+        fit(load_config(recipe))
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line for line in lines if line["name"] == "train/loss"]
+    labels = [int(line["value"]) for line in lines if line["name"] == "train/label_tokens"]
+    finish(args, [line["value"] for line in losses], [line["time"] for line in losses], labels)
 
 
 def finish(args: argparse.Namespace, losses: list[float], ends: list[float], labels: list[int]) -> None:

@@ -115,6 +115,8 @@ def _metric_problems(stage: StageConfig) -> list[str]:
             problems.append(f"evaluation.{period}: there are no evaluation.tasks; name some, or set it to null")
     names = [task_name(task) for task in evaluation.tasks]
     if best is not None and best not in {f"eval/{name}/{figure}" for name in names for figure in FIGURES}:
-        known = f"one of {', '.join(f'eval/{name}/accuracy' for name in names)}" if names else "name some evaluation.tasks"
+        known = (
+            f"one of {', '.join(f'eval/{name}/accuracy' for name in names)}" if names else "name some evaluation.tasks"
+        )
         problems.append(f"checkpoint.best_metric: {best!r} is not measured; {known}, or set it to null")
     return problems

@@ -15,6 +15,8 @@ from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.callbacks import peak_memory_gib
 from difftune.training.finetune import FinetuneModule
 
+SAMPLE_CHARACTERS = 2000
+
 # Weights, gradients and two moments of AdamW, all in the dtype of the weights.
 _COPIES = 4
 
@@ -37,17 +39,14 @@ def report_size(console: Console, config: DiffTransformerConfig, dtype: torch.dt
     return needed > 0.8 * available
 
 
-def dry_run_stage(
-    console: Console, name: str, model: DiffTransformerForCausalLM, data: SFTDataModule, module: FinetuneModule
-) -> None:
+def dry_run_stage(console: Console, name: str, data: SFTDataModule, module: FinetuneModule) -> None:
     """Print the statistics and one sample of a stage's data, then take one optimiser step on one micro-batch.
 
     Args:
         console: Where to.
         name: Of the stage.
-        model: What is trained; on the meta device if it is too large, and then no step is taken.
         data: The stage's data.
-        module: The stage's module, around ``model``.
+        module: The stage's module; if its model is on the meta device, for being too large, no step is taken.
     """
     console.rule(f"stage {name}", align="left")
     console.print(data.prepare().table(), highlight=False)
@@ -55,8 +54,10 @@ def dry_run_stage(
     text = Text()
     for part, is_learned in data.sample(0):
         text.append(part, style="black on green" if is_learned else "dim")
-    console.print(text)
-    if model.device.type == "meta":
+    console.print(text[:SAMPLE_CHARACTERS])
+    if len(text) > SAMPLE_CHARACTERS:
+        console.print(f"(and {len(text) - SAMPLE_CHARACTERS:,} characters more)", highlight=False)
+    if next(module.model.parameters()).is_meta:
         console.print(
             "\n[yellow]No step was taken: the model does not fit this machine. Everything else was built.[/] "
             "Try fewer layers (model.num_hidden_layers=2) to see one step.",

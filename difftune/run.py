@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
@@ -80,7 +81,8 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
     if dry_run:
         model = _build_model(config.model, tokenizer, config.seed, allow_meta=True)
         for stage in stages:
-            dry_run_stage(console, stage.name, model, _build_data(stage, tokenizer, cache_dir=None), _module(stage, model))
+            data = _build_data(stage, tokenizer, cache_dir=None)
+            dry_run_stage(console, stage.name, data, _build_module(stage, model, data))
         return 0
 
     run_dir = Path(config.run_dir)
@@ -184,7 +186,7 @@ def export(config: Config, out: Path) -> ExportReport:
     report = export_model(
         model, tokenizer, out, _export_format(config, model), verify=config.export.verify, source=config.model.path
     )
-    console.print(str(report), highlight=False)
+    console.print(str(report), highlight=False, soft_wrap=True)
     return report
 
 
@@ -202,7 +204,6 @@ def _train(
     checkpoints = run_dir / "checkpoints" / stage.name
     data = _build_data(stage, tokenizer, cache_dir=run_dir / "cache")
     _say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
-    module = _module(stage, model)
     resume_step = None if resume_from is None else step_of(resume_from)
     if resume_step is not None:
         log.info("resuming from %s", resume_from)
@@ -266,7 +267,7 @@ def _train(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module.total_steps = _total_steps(stage, data, trainer.world_size)
+    module = _build_module(stage, model, data, trainer.world_size)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:
         _write_json(checkpoints / "done.json", {"step": trainer.global_step, **_end_of(stage)})
@@ -290,11 +291,11 @@ def _finish(config: Config, run_dir: Path, stage: StageConfig, tokenizer: PreTra
             overwrite=True,
             source=f"{source.relative_to(run_dir)} of a difftune run",
         )
-        console.print(f"exported {report}", highlight=False)
+        console.print(f"exported {report}", highlight=False, soft_wrap=True)
     table = accuracy_table(run_dir)
     if table is not None:
         console.print(table)
-    console.print(f"run folder: {run_dir}", highlight=False)
+    console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
 
 
 def _build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -370,9 +371,11 @@ def _build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_di
     )
 
 
-def _module(stage: StageConfig, model: DiffTransformerForCausalLM) -> FinetuneModule:
+def _build_module(
+    stage: StageConfig, model: DiffTransformerForCausalLM, data: SFTDataModule, world_size: int = 1
+) -> FinetuneModule:
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}
-    return FinetuneModule(model, **options)
+    return FinetuneModule(model, total_steps=_total_steps(stage, data, world_size), **options)
 
 
 def _build_tasks(config: EvaluationConfig) -> list[MathTask]:
@@ -496,18 +499,23 @@ def _set_up_logging() -> None:
     """Our messages to the terminal, once; those of the libraries only where they warn."""
     ours = logging.getLogger("difftune")
     if not ours.handlers:
-        ours.addHandler(RichHandler(console=console, show_path=False, show_time=False))
+        # Rich wraps lines to the width of the terminal; a file should keep them whole.
+        to_terminal = RichHandler(console=console, show_path=False, show_time=False)
+        ours.addHandler(to_terminal if console.is_terminal else logging.StreamHandler(sys.stdout))
         ours.setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
         ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Batches are made by the stream: workers would only copy it.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 with torch 2.13; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    transformers_logging.disable_progress_bar()
 
 
 def _say(text: str) -> None:
     if not rank_zero_only.rank:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

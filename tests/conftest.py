@@ -21,12 +21,10 @@ torch.set_num_threads(1)
 
 def shared_data() -> Path:
     """Folder with real data sets, or skip: `$DIFFTUNE_DATA`, else `../shared/data` beside the project root."""
-    candidates = [Path(os.environ["DIFFTUNE_DATA"])] if "DIFFTUNE_DATA" in os.environ else []
-    candidates.append(ROOT.parent / "shared" / "data")
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    pytest.skip(f"real data not found in {', '.join(map(str, candidates))}; set DIFFTUNE_DATA to its folder")
+    folder = Path(os.environ.get("DIFFTUNE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; set DIFFTUNE_DATA to its folder")
+    return folder
 
 
 @pytest.fixture(autouse=True)

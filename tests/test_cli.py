@@ -90,7 +90,10 @@ def test_evaluate_turns_its_options_into_config(calls: dict[str, Any]) -> None:
     assert cli.main(["evaluate", *arguments, "--batch-size=2", "--out", "results", "evaluation.top_p=0.5"]) == 0
     config = calls["config"]
     assert config.model.path == "m: 1" and config.tokenizer is None
-    assert [(t.path, t.limit, t.max_new_tokens) for t in config.evaluation.tasks] == [("a.jsonl", 5, 7), ("b.jsonl", 5, 7)]
+    assert [(t.path, t.limit, t.max_new_tokens) for t in config.evaluation.tasks] == [
+        ("a.jsonl", 5, 7),
+        ("b.jsonl", 5, 7),
+    ]
     assert (config.evaluation.batch_size, config.evaluation.top_p) == (2, 0.5)
     assert calls["arguments"] == {"out": Path("results")}
 
@@ -137,7 +140,10 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
         (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
         (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
         (["fit", "--config"], "--config needs a value: --config FILE"),
-        (["fit", "--config", "a", "--config", "b"], "--config is given twice; a recipe can build on another with base:"),
+        (
+            ["fit", "--config", "a", "--config", "b"],
+            "--config is given twice; a recipe can build on another with base:",
+        ),
         (["fit", "--dry-run=1"], "--dry-run takes no value, got '1'"),
         (["fit", "--dryrun"], "unknown option --dryrun; did you mean --dry-run?"),
         (["fit", "-x"], "unknown option -x"),
@@ -147,7 +153,10 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
         ),
         (["fit", "now"], "unexpected argument 'now'; to set a recipe key, write KEY=VALUE"),
         (["fit", "--prompt", "x"], "--prompt is not an option of fit, but of generate"),
-        (["evaluate", "--model", "m"], "evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks"),
+        (
+            ["evaluate", "--model", "m"],
+            "evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks",
+        ),
         (["generate", "--model", "m"], "generate needs --prompt; see difftune generate --help"),
         (["export", "--model", "m"], "export needs --out; see difftune export --help"),
         (["fit", "--config", "nowhere.yaml"], "recipe not found: nowhere.yaml"),

@@ -31,7 +31,10 @@ def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "line 4: unknown key 'stages.a.trainer.max_epoch'; did you mean 'stages.a.trainer.max_epochs'?",
         ),
         ("stages: [{optimm: {}}]", "line 1: unknown key 'stages.stage0.optimm'; did you mean 'stages.stage0.optim'?"),
-        ("optim.lr: 1", "line 1: unknown key 'optim.lr'; in a file, keys are nested: write 'optim:' and, indented, 'lr:'"),
+        (
+            "optim.lr: 1",
+            "line 1: unknown key 'optim.lr'; in a file, keys are nested: write 'optim:' and, indented, 'lr:'",
+        ),
         ("export: {qqqqq: 1}", "line 1: unknown key 'export.qqqqq'; known here: format, verify"),
         (
             "stages:\n  - model: {hidden_size: 2}",

@@ -125,7 +125,10 @@ def test_merging_replaces_lists_and_leaves_its_arguments_alone() -> None:
     [
         ("a.b=2", {"a": {"b": 2}, "items": [{"name": "p", "n": 1}, {"n": 2}]}),
         ("a={c: 3}", {"a": {"b": 1, "c": 3}, "items": [{"name": "p", "n": 1}, {"n": 2}]}),
-        ("new.deep.key=x=y", {"a": {"b": 1}, "items": [{"name": "p", "n": 1}, {"n": 2}], "new": {"deep": {"key": "x=y"}}}),
+        (
+            "new.deep.key=x=y",
+            {"a": {"b": 1}, "items": [{"name": "p", "n": 1}, {"n": 2}], "new": {"deep": {"key": "x=y"}}},
+        ),
         ("items.1.n=5", {"a": {"b": 1}, "items": [{"name": "p", "n": 1}, {"n": 5}]}),
         ("items.p.n=5", {"a": {"b": 1}, "items": [{"name": "p", "n": 5}, {"n": 2}]}),
         ("items.*.n=5", {"a": {"b": 1}, "items": [{"name": "p", "n": 5}, {"n": 5}]}),

@@ -13,7 +13,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
-from difftune.checkpoints.folders import check_tensors, read_json, read_tensors, resolve_folder
+from difftune.checkpoints.folders import (
+    check_tensors,
+    read_config,
+    read_generation_config,
+    read_json,
+    read_tensors,
+    resolve_folder,
+)
 from difftune.checkpoints.layouts import fold_norm_weight, groups_to_halves, halves_to_groups, join_pair, split_pair
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 
@@ -69,7 +76,7 @@ def load_diffllama(
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "diffllama":
         raise ValueError(f"{folder} holds model_type {model_type!r}, not 'diffllama': load_model() finds the format")
-    foreign = DiffLlamaConfig.from_pretrained(folder)
+    foreign = read_config(folder, DiffLlamaConfig)
     config = config_from_diffllama(foreign)
     config.attention_backend = attention_backend
     tensors = read_tensors(folder)
@@ -77,8 +84,7 @@ def load_diffllama(
     ours = weights_from_diffllama(tensors, num_groups=config.num_kv_groups)
     dtype = dtype or tensors["model.embed_tokens.weight"].dtype
     model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=ours, dtype=dtype)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    model.generation_config = read_generation_config(folder) or model.generation_config
     model.config._name_or_path = str(path_or_hub_id)
     return model
 

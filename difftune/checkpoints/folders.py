@@ -4,11 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 TRAINING_WEIGHTS = "checkpoint.pt"
 """The file of a training checkpoint that holds the weights, beside config.json and manifest.json."""
@@ -30,6 +33,8 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     Raises:
         ValueError: If it is a file, or neither a folder nor a reachable hub repository.
     """
+    if not str(path_or_hub_id):
+        raise ValueError("an empty name is no checkpoint: give a folder, or a hub id such as 'owner/name'")
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
@@ -73,6 +78,48 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_config(folder: Path, config_class: type[Config]) -> Config:
+    """Read ``config.json`` into a config class, which checks its fields.
+
+    Args:
+        folder: Holds the file.
+        config_class: The class of its ``model_type``.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If a field has a wrong type or value; it names file and field.
+    """
+    fields = read_json(folder / "config.json")
+    try:
+        return config_class.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Read ``generation_config.json``, the defaults of ``generate``.
+
+    Args:
+        folder: Where it may be.
+
+    Returns:
+        The config, or None if there is no such file.
+
+    Raises:
+        ValueError: If it is not a generation config.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    fields = read_json(path)
+    try:
+        return GenerationConfig.from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

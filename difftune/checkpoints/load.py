@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from difftune.checkpoints.diffllama import load_diffllama
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
     check_tensors,
+    read_config,
+    read_generation_config,
     read_json,
     read_tensors,
     read_training_weights,
@@ -63,7 +64,7 @@ def _load_difftune(
     folder: Path, dtype: torch.dtype | None, attention_backend: str | None
 ) -> DiffTransformerForCausalLM:
     """Load our own format (weights or a training checkpoint); transformers would only warn of missing tensors."""
-    config = DiffTransformerConfig.from_pretrained(folder)
+    config = read_config(folder, DiffTransformerConfig)
     if attention_backend is not None:
         config.attention_backend = attention_backend
     is_training_checkpoint = (folder / TRAINING_WEIGHTS).is_file()
@@ -71,8 +72,7 @@ def _load_difftune(
     check_tensors(tensors, DiffTransformerForCausalLM, config, source=str(folder))
     dtype = dtype or tensors["model.embed_tokens.weight"].dtype
     model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 
 

@@ -52,18 +52,17 @@ def encode_examples(
     except _CannotEncode as error:
         owner = [name for render, name in zip(renders, where, strict=True) for _ in render]
         raise ValueError(
-            f"{owner[error.index]}: the tokenizer has no token for a character of "
-            f"{texts[error.index]!r:.200} (the digits tokenizer knows printable ASCII only): choose another "
-            "tokenizer, such as bytes"
+            f"{owner[error.text]}: the tokenizer has no token for {error.character!r} (the digits tokenizer knows "
+            "printable ASCII only): choose another tokenizer, such as bytes"
         ) from error
 
 
 class _CannotEncode(Exception):
-    """The text at `index` has a character outside the vocabulary."""
+    """A character of the text at index `text` is outside the vocabulary."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.index = index
+    def __init__(self, text: int, character: str) -> None:
+        super().__init__(text, character)
+        self.text, self.character = text, character
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, example: Example, where: str) -> list[str]:
@@ -119,10 +118,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
         if "UNK" not in str(error):
             raise
         for index, text in enumerate(texts):
-            try:
-                tokenizer(text, add_special_tokens=False)
-            except Exception as cause:
-                raise _CannotEncode(index) from cause
+            for character in text:
+                try:
+                    tokenizer(character, add_special_tokens=False)
+                except Exception as cause:
+                    raise _CannotEncode(index, character) from cause
         raise
 
 

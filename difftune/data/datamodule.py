@@ -148,7 +148,10 @@ class SFTDataModule(pl.LightningDataModule):
         )
         if not stats.kept:
             reasons = ", ".join(f"{count} {reason}" for reason, count in stats.dropped.items())
-            raise ValueError(f"none of the {stats.rows_read} rows read is left to learn: {reasons}")
+            raise ValueError(
+                f"none of the {stats.rows_read} rows read is left to learn: {reasons} (the longest has "
+                f"{stats.longest_row} tokens)"
+            )
         lost = sum(count for reason, count in stats.dropped.items() if str(self._seq_len) in reason)
         if lost > _LOSS_WORTH_A_WARNING * stats.rows_read:
             log.warning(

@@ -134,9 +134,10 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}, line {number}"
             try:
-                columns = json.loads(line)
+                columns = json.loads(line.rstrip())
             except ValueError as error:  # also UnicodeDecodeError
-                raise ValueError(f"{where}: not valid JSON ({error}); it begins {line[:60]!r}") from error
+                cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{where}: not valid JSON ({cause}); it begins {line[:60]!r}") from error
             yield Row(_mapping(columns, where), where)
 
 

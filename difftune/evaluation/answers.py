@@ -26,6 +26,7 @@ _CONNECTIVE = re.compile(r",(?!\\)|;|\band\b|\bor\b")
 _BEGINS_LIKE_MATHS = re.compile(r"[-+\u2212.(\[\d$\\]")
 _PHRASE = re.compile(r"(?i)\banswer\b[^\n:=]{0,40}?(?:\bis\b\s*:?|[:=])[*_\s]*")
 _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)\.\s+(?=[A-Z])")
+_MOST_LINES = 30
 _LONGEST_PHRASE = 100
 _LONGEST_WHOLE = 200
 _TAIL = 2000
@@ -176,8 +177,17 @@ def _after_hash(text: str) -> str | None:
         _, mark, answer = lines[index].rstrip("# \t").rpartition("####")
         answer = answer.strip()
         if mark and (_BEGINS_LIKE_MATHS.match(answer) or index == len(lines) - 1):
+            for line in lines[index + 1 : index + 1 + _MOST_LINES]:
+                if not _is_open(answer):
+                    break
+                answer += "\n" + line
             return answer
     return None
+
+
+def _is_open(formula: str) -> bool:
+    """Whether a formula goes on in the next line, as a matrix does."""
+    return formula.count("{") > formula.count("}") or formula.count(r"\begin") > formula.count(r"\end")
 
 
 def _after_phrase(text: str) -> str | None:

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ class Result(Protocol):
     @property
     def complete(self) -> bool:
         """Whether it covers all that the task asks."""
+
+    @property
+    def samples(self) -> Sequence[Any]:
+        """What was generated and how it was judged, as dataclasses, in the order of the task."""
 
     def metrics(self) -> dict[str, float]:
         """The figures to log, by name."""
@@ -225,7 +230,7 @@ class ScheduledEvaluation(Callback):
                 metrics |= named
                 valid |= named if result.complete else {}
                 origin = {"task": task.name, "stage": self.stage, "step": step}
-                lines += [{**origin, **asdict(sample)} for sample in samples]
+                lines += [{**origin, **asdict(sample)} for sample in result.samples]
                 if trainer.is_global_zero:
                     _report(task.name, step, result, figures, self.time_limit_s)
         self._pending, self._evaluated_step, self.results[step] = False, step, results
@@ -267,4 +272,5 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         log.error("samples of %s NOT written: %s", path, error)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

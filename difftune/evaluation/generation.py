@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +95,10 @@ def generate_texts(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=_pad_id(tokenizer),
         use_cache=True,
-        stop_strings=list(stop) if stop else None,
     )
+    criteria = StoppingCriteriaList([clock])
+    if stop:
+        criteria.append(StopStringCriteria(tokenizer, list(stop)))
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     random.Random(seed).shuffle(batches)
@@ -101,9 +109,9 @@ def generate_texts(
                 break
             # By the batch's first prompt, so that a batch does not depend on those before it.
             reseed(seed * 1_000_003 + batch[0])
-            rows = _generate_batch(model, tokenizer, [ids[index] for index in batch], settings, clock)
+            rows = _generate_batch(model, tokenizer, [ids[index] for index in batch], settings, criteria)
             for index, row in zip(batch, rows, strict=True):
-                results[index] = _read(tokenizer, row, max_new_tokens, stop or ())
+                results[index] = _read(tokenizer, row, max_new_tokens, stop or (), clock.rang)
     return results
 
 
@@ -112,7 +120,7 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     settings: GenerationConfig,
-    clock: "_Clock",
+    criteria: StoppingCriteriaList,
 ) -> list[list[int]]:
     """The new tokens of each prompt, with padding after those that ended early."""
     width = max(map(len, prompts))
@@ -126,27 +134,31 @@ def _generate_batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([clock]),
-        **({"tokenizer": tokenizer} if settings.stop_strings else {}),
+        stopping_criteria=criteria,
     )
     return output[:, width:].tolist()
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, row: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
+def _read(
+    tokenizer: PreTrainedTokenizerBase, row: list[int], max_new_tokens: int, stop: Sequence[str], rang: bool
+) -> Generation:
     """Turn a row of new tokens into text: up to the end-of-text token, or to the earliest stop string."""
-    finished = tokenizer.eos_token_id in row
-    if finished:
+    ended = tokenizer.eos_token_id in row
+    if ended:
         row = row[: row.index(tokenizer.eos_token_id) + 1]
     else:
         # A row that met a stop string is padded while the others go on.
         while row and row[-1] == _pad_id(tokenizer):
             row = row[:-1]
-    text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # Not every tokenizer counts its end-of-text token among the special ones.
+    text = tokenizer.decode(row[:-1] if ended else row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    ends = [end for mark in stop if (end := text.find(mark)) >= 0]
-    if ends:
-        text, finished = text[: min(ends)], True
-    return Generation(text, len(row), finished, interrupted=not finished and len(row) < max_new_tokens)
+    marks = [at for mark in stop if (at := text.find(mark)) >= 0]
+    text = text[: min(marks)] if marks else text
+    # A row that is short although the time was not over met a stop string that began in its prompt.
+    short = len(row) < max_new_tokens
+    finished = ended or bool(marks) or (short and not rang)
+    return Generation(text, len(row), finished, interrupted=short and not finished)
 
 
 class _Clock(StoppingCriteria):
@@ -155,12 +167,13 @@ class _Clock(StoppingCriteria):
     def __init__(self, should_stop: Callable[[], bool] | None, deadline: float | None) -> None:
         self._should_stop = should_stop
         self._deadline = deadline
+        self.rang = False
 
     def is_over(self) -> bool:
-        """Whether to stop now."""
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            return True
-        return self._should_stop is not None and self._should_stop()
+        """Whether to stop now; once it is, it stays so."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        self.rang = self.rang or late or (self._should_stop is not None and self._should_stop())
+        return self.rang
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused: Any) -> torch.Tensor:
         """True for every row, or for none."""

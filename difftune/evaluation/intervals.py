@@ -30,4 +30,7 @@ def wilson_interval(share: float, n: int, z: float = _Z95) -> tuple[float, float
     centre = share + z * z / (2 * n)
     half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # The rounding of the root must not leave 1e-18 where the bound is 0.
+    low = 0.0 if share == 0 else (centre - half) / scale
+    high = 1.0 if share == 1 else (centre + half) / scale
+    return low, high

@@ -104,18 +104,20 @@ class LambdaMonitor(Callback):
     def __init__(self) -> None:
         self._values: dict[str, torch.Tensor] = {}
         self._hooks: list[Any] = []
+        self._step = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Listen if the next optimiser step is logged."""
         if self._hooks or not is_log_step(trainer, trainer.global_step + 1):
             return
+        self._step = trainer.global_step + 1
         modules = [m for name, m in pl_module.named_modules() if name.endswith("lambda_full")]
         for layer, module in enumerate(modules):
             self._hooks.append(module.register_forward_hook(self._listener(f"lambda/layer_{layer:02d}")))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log what was heard once the optimiser has stepped."""
-        if not self._hooks or not is_log_step(trainer, trainer.global_step):
+        if not self._hooks or trainer.global_step < self._step:
             return
         for hook in self._hooks:
             hook.remove()

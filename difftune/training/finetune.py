@@ -292,6 +292,9 @@ class FinetuneModule(LightningModule):
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self._loss_divisor = state["loss_divisor"]
         self._resumed = True
+        for logger in self.trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.resume_step = checkpoint["global_step"]
 
     def _read_counters(self) -> None:
         """Bring the counters from the device; this waits for it."""

@@ -23,7 +23,7 @@ LOGGERS = ("jsonl", "tensorboard", "wandb", "mlflow")
 def is_log_step(trainer: Trainer, step: int) -> bool:
     """Whether metrics are due after step ``step``: every ``log_every_n_steps``, at the first and the last."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from a connector
-    return every > 0 and (step % every == 0 or step in (1, trainer.max_steps))
+    return every > 0 and step > 0 and (step % every == 0 or step in (1, trainer.max_steps))
 
 
 class MetricsLogger(Logger):
@@ -39,7 +39,8 @@ class MetricsLogger(Logger):
     Args:
         path: The file; its folder is made.
         stage: Name of the stage.
-        resume_step: Optimiser step of the checkpoint that the run goes on from. None: the stage starts anew.
+        resume_step: Optimiser step of the checkpoint that the run goes on from; the training module sets it when
+            it loads one. None: the stage starts anew.
     """
 
     def __init__(self, path: str | Path, *, stage: str = "main", resume_step: int | None = None) -> None:

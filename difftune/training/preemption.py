@@ -84,13 +84,17 @@ class Preemption(Callback):
             return
         self._last_step = trainer.global_step
         if trainer.world_size > 1:
-            signum = torch.tensor(self.signum or 0, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(signum, op=torch.distributed.ReduceOp.MAX)
-            self.signum = int(signum) or None
-        if self.signum is not None:
+            agreed = torch.tensor(self.signum or 0, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+            # One that arrives while the ranks talk is for the next step: never set back to None.
+            signum = int(agreed) or None
+            self.signum = signum or self.signum
+        else:
+            signum = self.signum
+        if signum is not None:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                name = signal.Signals(self.signum).name
+                name = signal.Signals(signum).name
                 log.warning("%s received: stopping after optimiser step %d", name, trainer.global_step)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

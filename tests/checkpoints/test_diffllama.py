@@ -253,6 +253,17 @@ def test_configs_that_do_not_fit_are_refused(make_diffllama: MakeForeign, tmp_pa
         load_diffllama(tmp_path)
 
 
+def test_configs_of_older_transformers_keep_their_rotary_base(make_diffllama: MakeForeign, tmp_path: Path) -> None:
+    foreign, ids = make_diffllama(rope_parameters={"rope_type": "default", "rope_theta": 300.0}), token_ids(1, 40)
+    foreign.save_pretrained(tmp_path)
+    change_config(tmp_path, rope_theta=300.0, rope_scaling=None, torch_dtype="float32")
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["rope_parameters"], fields["dtype"]
+    path.write_text(json.dumps(fields))
+    assert_within(logits(load_diffllama(tmp_path), ids), logits(foreign, ids), 1e-5)
+
+
 def test_missing_and_extra_tensors_are_named(make_diffllama: MakeForeign, tmp_path: Path) -> None:
     make_diffllama().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

@@ -5,7 +5,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from difftune.checkpoints.folders import check_names, read_json, read_tensors, resolve_folder
+from difftune.checkpoints.folders import (
+    check_names,
+    read_config,
+    read_generation_config,
+    read_json,
+    read_tensors,
+    resolve_folder,
+)
+from difftune.modeling import DiffTransformerConfig
 
 
 def test_folder_is_returned_and_other_things_are_refused(tmp_path: Path) -> None:
@@ -70,3 +78,35 @@ def test_missing_and_truncated_weights_are_refused(tmp_path: Path) -> None:
 def test_long_lists_of_names_are_cut() -> None:
     with pytest.raises(ValueError, match=r"20 missing \(t00, .*, t07 and 12 more\)$"):
         check_names([], [f"t{i:02}" for i in range(20)], source="x", expected_by="y")
+
+
+def test_empty_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="an empty name is no checkpoint"):
+        resolve_folder("")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "x"}, "(?s)config.json: .*'hidden_size'.*expected int"),
+        ({"num_attention_heads": 7}, r"config\.json: .*num_attention_heads"),
+    ],
+)
+def test_wrong_config_fields_are_named_with_their_file(tmp_path: Path, fields, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path, DiffTransformerConfig)
+
+
+def test_generation_config_may_be_absent_but_not_broken(tmp_path: Path) -> None:
+    assert read_generation_config(tmp_path) is None
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"max_new_tokens": 7}')
+    config = read_generation_config(tmp_path)
+    assert config is not None and config.max_new_tokens == 7
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+        read_generation_config(tmp_path)
+    path.write_text('{"max_new_tokens": -7}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: .*max_new_tokens"):
+        read_generation_config(tmp_path)

@@ -77,7 +77,7 @@ def test_turns_after_the_last_answer_are_left_out(digits):
 
 
 def test_row_without_an_assistant_turn_is_an_error_that_names_the_row(digits):
-    with pytest.raises(ValueError, match="rows.jsonl, line 7: no label to learn"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 7: no label to learn"):
         encode(digits, chat("12+7"))
 
 
@@ -115,7 +115,7 @@ def test_token_across_the_border_of_prompt_and_answer_is_an_error():
 
 def test_character_outside_the_vocabulary_is_an_error_that_names_row_and_text(digits):
     examples, where = [chat("1", "1"), chat("é", "2")], ["line 1", "line 2"]
-    with pytest.raises(ValueError, match="line 2: the tokenizer has no token for a character of.*é.*bytes"):
+    with pytest.raises(ValueError, match=r"line 2: the tokenizer has no token for 'é'.*bytes"):
         encode_examples(digits, examples, where)
 
 

@@ -1,12 +1,12 @@
 import logging
-from itertools import islice
+from itertools import islice, pairwise
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
-from difftune.data import datamodule
+from difftune.data import datamodule, tokenized
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.problems import load_problems
 from difftune.data.sources import Source
@@ -62,7 +62,7 @@ def test_packed_documents_are_whole_apart_and_begin_unlearned(digits):
         ids, labels, positions = (batch[name].flatten() for name in ("input_ids", "labels", "position_ids"))
         borders = batch["cu_seqlens"].tolist()
         assert (torch.diff(batch["cu_seqlens"]) > 0).all()
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             assert positions[start:end].tolist() == list(range(end - start))
             assert labels[start] == -100
             learned = labels[start:end] != -100
@@ -82,18 +82,29 @@ def test_unpacked_batches_hold_the_same_documents(digits):
     data = build(digits, max_epochs=1, packing=False)
     batches = list(data.train_dataloader())
     assert set(batches[0]) == {"input_ids", "labels", "position_ids", "attention_mask"}
-    rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    rows = [
+        row[mask.bool()].tolist()
+        for b in batches
+        for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
     assert len({digits.decode(row) for row in rows}) == EASY["count"] == len(rows)
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == data.stats.label_tokens
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> int:
+    """Streams in pieces of 32 rows and blocks of 64, so that a small set has several."""
+    for module in (tokenized, datamodule):
+        monkeypatch.setattr(module, "PIECE_ROWS", 32)
+    monkeypatch.setattr(datamodule, "STREAM_BLOCK_ROWS", 64)
+    return 64
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("packing", [True, False])
-def test_resume_gives_exactly_the_remaining_batches(digits, monkeypatch, workers, streaming, packing):
-    monkeypatch.setattr(datamodule, "STREAM_BLOCK_ROWS", datamodule.PIECE_ROWS)
-    source = Source("synthetic:arithmetic", options={**EASY, "count": 700 if streaming else 120})
-    settings = {"train": [source], "max_epochs": 2, "streaming": streaming, "packing": packing, "num_workers": workers}
+def test_resume_gives_exactly_the_remaining_batches(digits, small_blocks, workers, streaming, packing):
+    settings = {"max_epochs": 2, "streaming": streaming, "packing": packing, "num_workers": workers}
     whole = list(build(digits, **{**settings, "num_workers": 0}).train_dataloader())
     for done in (1, len(whole) // 2 + 1, len(whole)):
         stopped = build(digits, **settings)
@@ -164,16 +175,18 @@ def test_several_sources_are_mixed(digits, write_jsonl):
         assert data.stats.kept == 180
 
 
-def test_streaming_covers_every_row_once_an_epoch(digits, monkeypatch):
-    monkeypatch.setattr(datamodule, "STREAM_BLOCK_ROWS", datamodule.PIECE_ROWS)
-    source = Source("synthetic:arithmetic", options={**EASY, "count": 1100})
-    data = build(digits, train=[source], streaming=True, packing=False, max_epochs=1)
+def test_streaming_covers_every_row_once_an_epoch(digits, small_blocks):
+    data = build(digits, streaming=True, packing=False, max_epochs=1)
     rows = [row.tolist() for batch in data.train_dataloader() for row in batch["input_ids"]]
     texts = [digits.decode(row).replace("<|pad|>", "") for row in rows]
-    resident = build(digits, train=[source], packing=False, max_epochs=1)
-    expected = [digits.decode(row.tolist()).replace("<|pad|>", "") for b in resident.train_dataloader() for row in b["input_ids"]]
+    resident = build(digits, packing=False, max_epochs=1)
+    expected = [
+        digits.decode(row.tolist()).replace("<|pad|>", "")
+        for b in resident.train_dataloader()
+        for row in b["input_ids"]
+    ]
     assert texts != expected and sorted(texts) == sorted(expected)
-    assert not data.stats.complete and data.stats.rows_read == 512
+    assert not data.stats.complete and data.stats.rows_read == small_blocks
     assert data.total_batches() is None
 
 

@@ -89,7 +89,7 @@ def test_unclear_columns_are_an_error_that_names_columns_and_formats(columns):
 
 
 def test_unknown_format_is_an_error_that_names_the_formats():
-    with pytest.raises(ValueError, match="unknown data format 'openthought'.*openthoughts"):
+    with pytest.raises(ValueError, match=r"unknown data format 'openthought'.*openthoughts"):
         resolve_format("openthought", {}, "here")
 
 
@@ -167,7 +167,7 @@ def test_gsm8k_with_a_solution_column_reads_the_same():
 
 
 def test_gsm8k_without_working_is_an_error():
-    with pytest.raises(ValueError, match="rows.jsonl, line 3: gsm8k needs the working"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: gsm8k needs the working"):
         read("gsm8k", {"question": "3+4?", "answer": "7"})
 
 

@@ -50,8 +50,12 @@ def test_number_of_rows_does_not_depend_on_the_order():
     assert len({len(pack(lengths, 128, rng.permutation(500))) for _ in range(10)}) == 1
 
 
-def test_order_decides_which_of_equal_documents_share_a_row():
-    assert pack([5, 5, 5, 5], 10, np.array([3, 1, 0, 2])) == [[3, 1], [0, 2]]
+def test_equal_documents_are_taken_in_the_given_order():
+    rng = np.random.default_rng(0)
+    lengths, order = rng.integers(6, 9, size=400), rng.permutation(400)
+    # Two of them never share a row, so the rows show the order.
+    rows = pack(lengths, 10, order)
+    assert [row[0] for row in rows] == sorted(order.tolist(), key=lambda document: -lengths[document])
 
 
 def test_only_the_documents_asked_for_are_packed():

@@ -30,7 +30,9 @@ def test_rows_know_where_they_stand(write_jsonl):
 def test_broken_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3\n{"a": 4}\n')
-    with pytest.raises(ValueError, match=r"broken\.jsonl, line 4: not valid JSON.*begins b'\{\"a\": 3"):
+    with pytest.raises(
+        ValueError, match=r"broken\.jsonl, line 4: not valid JSON \(.* at column 8\); it begins b'\{\"a\": 3"
+    ):
         columns(Source(str(path)))
 
 
@@ -51,7 +53,7 @@ def test_line_that_is_not_an_object_is_named(tmp_path):
 def test_json_file_with_one_object_a_line_says_so(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"a": 1}\n{"a": 2}\n')
-    with pytest.raises(ValueError, match="name the file .jsonl"):
+    with pytest.raises(ValueError, match=r"name the file .jsonl"):
         columns(Source(str(path)))
 
 
@@ -71,7 +73,7 @@ def test_damaged_parquet_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("path", ["missing/rows.jsonl", "./missing", "/nowhere/rows.parquet", "a/b/c"])
 def test_missing_file_is_an_error_that_says_where_it_looked(path):
-    with pytest.raises(ValueError, match="no such file or folder.*looked in"):
+    with pytest.raises(ValueError, match=r"no such file or folder.*looked in"):
         columns(Source(path))
 
 
@@ -133,7 +135,7 @@ def test_hub_data_set_is_read_by_name_split_and_configuration(monkeypatch):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="limit of x.jsonl must be at least 1"):
+    with pytest.raises(ValueError, match=r"limit of x.jsonl must be at least 1"):
         Source("x.jsonl", limit=0)
     with pytest.raises(ValueError, match=r"options \['count'\] are for synthetic: paths"):
         Source("x.jsonl", options={"count": 3})

@@ -38,17 +38,21 @@ def test_counts_are_those_of_a_second_count(digits, write_jsonl):
     texts = [(row["question"], row["answer"]) for row in ROWS if row["answer"]]
     texts[1] = ("1234+1", "4+1=5\n#### 1235")
     expected = second_count(digits, texts, 30)
-    assert {name: stats[name] for name in expected} == expected == {
-        "kept": 4 - 0,
-        "tokens": 7 + 26 + 7 + 22,
-        "label_tokens": 2 + 17 + 2 + 3,
-        "longest_row": 26,
-    }
+    assert (
+        {name: stats[name] for name in expected}
+        == expected
+        == {
+            "kept": 4,
+            "tokens": 7 + 24 + 7 + 22,
+            "label_tokens": 2 + 16 + 2 + 3,
+            "longest_row": 24,
+        }
+    )
     assert stats["dropped"] == {"empty answer": 1}
     assert (stats["rows_read"], stats["truncated"], stats["eos_share"], stats["complete"]) == (5, 0, 1.0, True)
-    # 26, 22 + 7 and 7 tokens in rows of 30.
+    # 24, 22 + 7 and 7 tokens in rows of 30.
     assert stats["batch_rows"] == 3
-    assert stats["padding_fraction"] == pytest.approx(1 - 62 / 90)
+    assert stats["padding_fraction"] == pytest.approx(1 - 60 / 90)
     json.dumps(stats)
 
 
@@ -84,7 +88,15 @@ def test_counts_are_those_of_the_batches_of_an_epoch(byte_tokenizer, write_jsonl
 def test_table_shows_every_reason_and_number():
     stats = DataStatistics(1000, {"empty answer": 3}, 997, 5, 12345, 6789, 77, 0.5, 2, 40, 0.125, 64, False)
     table = stats.table()
-    for part in ("1,000 (first block", "dropped: empty answer", "997", "truncated", "12,345", "6,789 (55.0%)", "77 tokens"):
+    for part in (
+        "1,000 (first block",
+        "dropped: empty answer",
+        "997",
+        "truncated",
+        "12,345",
+        "6,789 (55.0%)",
+        "77 tokens",
+    ):
         assert part in table
     for part in ("seq_len 64", "50.0%", "12.5%", "unknown to the tokenizer"):
         assert part in table

@@ -96,11 +96,14 @@ def test_rank_without_a_row_of_the_last_batch_gets_padding(data):
     assert [len(rank) for rank in ranks] == [4, 4, 4, 4]  # 90 rows = 3 * 28 + 6: two ranks get one row less
     assert [len(rank[-1]) for rank in ranks] == [2, 2, 1, 1]
     last = [batches(rows, start=88, size=1, rank=r, world=4)[0] for r in range(4)]
+    assert [len(batch) for batch in last] == [1, 1, 1, 1]
     assert [bool((batch != 0).any()) for batch in last] == [True, True, False, False]
 
 
 def test_stream_over_nothing_is_an_error_and_not_endless(data):
-    empty = TokenizedSet("x", data.ids[:0], data.learned[:0], np.zeros(1, np.int64), *(data.questions[:0],) * 2, data.counts)
+    empty = TokenizedSet(
+        "x", data.ids[:0], data.learned[:0], np.zeros(1, np.int64), *(data.questions[:0],) * 2, data.counts
+    )
     rows = row_stream(empty)
     with pytest.raises(ValueError, match="an epoch has no row"):
         next(rows.rows_from(0))

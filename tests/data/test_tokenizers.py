@@ -71,7 +71,9 @@ def test_tokenizer_without_end_token_is_refused(tmp_path):
 
 
 def test_unknown_name_and_empty_folder_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer 'digit' could not be loaded: choose digits, bytes.*no such folder"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer 'digit' could not be loaded: choose digits, bytes.*no such folder"
+    ):
         build_tokenizer("digit")
     with pytest.raises(ValueError, match="it is a folder without a tokenizer"):
         build_tokenizer(str(tmp_path))

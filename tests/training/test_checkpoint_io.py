@@ -98,13 +98,13 @@ def test_unfinished_and_set_aside_folders_are_not_checkpoints(tmp_path):
 @pytest.mark.parametrize("path", ["absent", "a-file"])
 def test_what_is_no_checkpoint_is_refused(path, tmp_path):
     (tmp_path / "a-file").write_text("")
-    with pytest.raises(ValueError, match="does not exist|not a checkpoint folder"):
+    with pytest.raises(ValueError, match=r"does not exist|not a checkpoint folder"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / path)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     path = save(tmp_path, 1, evil=tmp_path)
-    with pytest.raises(Exception, match="weights_only|Weights only|WeightsUnpickler"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only|WeightsUnpickler"):
         AtomicCheckpointIO().load_checkpoint(path)
 
 

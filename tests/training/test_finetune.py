@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -143,7 +144,7 @@ def test_a_nonfinite_step_is_skipped_counted_and_reported(value, fused, caplog, 
     trainer.fit(module, ToyData())
     assert bool(trainer.optimizers[0].defaults["fused"]) == fused
     vectors = [vector for _, vector in recorder.steps]
-    unchanged = [bool(torch.equal(a, b)) for a, b in zip(vectors, vectors[1:], strict=False)]
+    unchanged = [bool(torch.equal(a, b)) for a, b in itertools.pairwise(vectors)]
     assert unchanged == [False, True, False, False, True, False]
     assert vectors[-1].isfinite().all()
     state = next(iter(trainer.optimizers[0].state.values()))
@@ -164,7 +165,9 @@ def test_nonfinite_steps_in_a_row_stop_the_run():
     module = build_module(max_nonfinite_steps=3)
     poison(module, {1, 3, 4, 6, 7, 8})
     trainer = build_trainer(max_steps=20)
-    with pytest.raises(RuntimeError, match=r"max_nonfinite_steps=3.*by optimiser step 9, 6 were skipped, 3 of"):
+    with pytest.raises(
+        RuntimeError, match=r"max_nonfinite_steps=3.*by optimiser step 9, 6 were skipped, 3 of"
+    ):
         trainer.fit(module, ToyData())
 
 

@@ -141,7 +141,10 @@ def test_no_step_of_the_training_has_a_rate_of_zero():
     [
         ({"schedule": "linear", "total_steps": math.inf}, "set trainer.max_steps, or use constant"),
         ({"schedule": "step", "total_steps": 5}, "linear, cosine or constant, got 'step'"),
-        ({"schedule": "cosine", "total_steps": 5, "warmup_steps": 6}, r"warmup_steps \(6\) exceeds the 5 steps"),
+        (
+            {"schedule": "cosine", "total_steps": 5, "warmup_steps": 6},
+            r"warmup_steps \(6\) exceeds the 5 steps",
+        ),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(settings, message):

@@ -164,7 +164,8 @@ def main():
             accumulate_grad_batches=2,
             logger=MetricsLogger(f"{arguments.folder}/metrics.jsonl"),
         )
-        trainer.fit(build_module(dropout=0.1), ToyData(delay=0.05))
+        # The delay leaves the sender of the signal time.
+        trainer.fit(build_module(dropout=0.1), ToyData(delay=0.2))
     sys.exit(preemption.exit_code or 0)
 
 

@@ -1,0 +1,132 @@
+"""Every recipe: it loads, its model builds on the meta device, and the paper's recipes hold the paper's numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from difftune.config import Config, StageConfig, load_config
+from difftune.config_text import to_yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+# What a user has to bring to a recipe, beside the recipe.
+FRESH = {"math_stage1": ["model.path=null"], "math_stage2": ["model.path=null", "tokenizer=bytes"]}
+
+
+def load(path: Path) -> Config:
+    return load_config(path, FRESH.get(path.stem, []))
+
+
+def recipe(name: str) -> Config:
+    return load(ROOT / "recipes" / f"{name}.yaml")
+
+
+def tokens_per_step(stage: StageConfig) -> int:
+    assert isinstance(stage.trainer.devices, int)
+    rows = stage.data.micro_batch_size * stage.trainer.devices * stage.trainer.accumulate_grad_batches
+    return rows * stage.data.seq_len
+
+
+def test_the_recipes_of_the_issue_exist() -> None:
+    assert {"quickstart", "math_stage1", "math_stage2", "gsm8k_small"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_its_resolved_form_is_the_same(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    assert config.run_dir == f"runs/{path.stem}"
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_model_of_a_recipe_builds_on_the_meta_device(path: Path) -> None:
+    from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+
+    config = load(path)
+    with torch.device("meta"):
+        model = DiffTransformerForCausalLM(DiffTransformerConfig(**config.model.architecture()))
+    assert all(stage.data.seq_len <= model.config.max_position_embeddings for stage in config.resolved_stages())
+    if path.stem.startswith("math_stage"):
+        parameters = sum(p.numel() for p in model.parameters())
+        assert 3.4e9 < parameters < 3.6e9 and model.config.num_diff_heads == 12
+        assert {layer.self_attn.q1_proj.out_features for layer in model.model.layers} == {12 * 128}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_sparse(path: Path) -> None:
+    """A line that says what the default says anyway hides what is special about a recipe."""
+    import dataclasses
+
+    import yaml
+
+    written = yaml.safe_load(path.read_text())
+    defaults = dataclasses.asdict(Config())
+    base = written.pop("base", None)
+    if base is not None:
+        return
+    repeated = [
+        f"{section}.{key}"
+        for section, keys in written.items()
+        if isinstance(keys, dict) and isinstance(defaults.get(section), dict)
+        for key, value in keys.items()
+        if defaults[section][key] == value and value is not None
+    ]
+    allowed = {"optim.betas", "optim.weight_decay", "optim.schedule", "trainer.gradient_clip_val"}  # the paper's
+    assert set(repeated) <= allowed
+
+
+def test_stage_1_has_the_papers_hyperparameters() -> None:
+    """Appendix C, and for what it inherits Sections 3.1 and 3.3."""
+    config = recipe("math_stage1")
+    (stage,) = config.resolved_stages()
+    assert (stage.optim.lr, stage.optim.betas, stage.optim.weight_decay) == (8e-5, [0.9, 0.95], 0.1)
+    assert (stage.optim.warmup_steps, stage.optim.schedule) == (1000, "linear")
+    assert stage.optim.min_lr_ratio == pytest.approx(1.28e-5 / 3.2e-4)
+    assert tokens_per_step(stage) == 2**22
+    assert stage.trainer.max_steps == int(20e9 / 2**22)
+    assert stage.evaluation.every_n_tokens == 2_000_000_000 and stage.evaluation.max_new_tokens == 1024
+    assert len(stage.evaluation.tasks) == 8
+    model = config.model
+    assert (model.num_hidden_layers, model.hidden_size, model.intermediate_size) == (28, 3072, 8192)
+    assert (model.num_attention_heads, model.num_key_value_heads, model.head_dim) == (24, 24, 128)
+    assert (model.vocab_size, model.max_position_embeddings) == (100288, 65536)
+    assert model.rope_parameters == {"rope_type": "default", "rope_theta": 640000.0}
+
+
+def test_stage_2_has_the_papers_hyperparameters_and_inherits_the_rest() -> None:
+    config, before = recipe("math_stage2"), recipe("math_stage1")
+    (stage,) = config.resolved_stages()
+    assert stage.optim.lr == 1e-5
+    assert {**vars(stage.optim), "lr": 8e-5} == vars(before.optim)
+    assert tokens_per_step(stage) == 2**20
+    assert stage.trainer.max_steps == int(2e9 / 2**20)
+    assert stage.evaluation.max_new_tokens == 16384
+    assert stage.checkpoint.best_metric is not None and stage.checkpoint.best_mode == "max"
+    assert config.model == before.model
+    assert stage.data.train[0].path == "open-r1/OpenThoughts-114k-math"
+
+
+@pytest.mark.parametrize("name", ["math_stage1", "math_stage2"])
+def test_the_papers_recipes_ask_for_a_model(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.path has to be given"):
+        load_config(ROOT / "recipes" / f"{name}.yaml")
+    config = load_config(ROOT / "recipes" / f"{name}.yaml", ["model.path=my-3b"])
+    assert config.model.architecture() == {}, "the checkpoint brings its architecture"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_commands_in_a_header_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed as a shell would, with the local files that they name replaced by nothing: the config is built."""
+    import shlex
+
+    from difftune import cli
+
+    monkeypatch.chdir(ROOT)
+    header = "\n".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    commands = [line for line in header.replace("\\\n", " ").splitlines() if "difftune fit" in line]
+    assert commands
+    for command in commands:
+        found = cli.parse(shlex.split(command[command.index("difftune fit") :])[1:])
+        assert load_config(found.values["config"][0], found.overrides).resolved_stages()
