@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from difftune import run
+from difftune.build import build_data, build_tasks, build_tokenizer
 from difftune.checkpoints.load import load_model
 from difftune.config import load_config
 from tests.conftest import ROOT
@@ -50,10 +51,24 @@ def finished(tmp_path_factory):
 
 def test_a_run_folder_holds_what_later_readers_need(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples", "export", "tokenizer"} <= names
-    assert {path.name for path in (finished / "samples").iterdir()} >= {"answers-0.jsonl", "answers-3.jsonl", "traces-3.jsonl"}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "export",
+        "tokenizer",
+    } <= names
+    assert {path.name for path in (finished / "samples").iterdir()} >= {
+        "answers-0.jsonl",
+        "answers-3.jsonl",
+        "traces-3.jsonl",
+    }
     environment = json.loads((finished / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in environment["packages"]["torch"]
+    assert (
+        environment["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in environment["packages"]["torch"]
+    )
     reloaded = load_config(finished / "config.yaml", [], command="fit")
     assert reloaded == config_of(finished)
 
@@ -71,7 +86,9 @@ def test_plain_transformers_loads_the_export_and_agrees(finished):
     theirs = AutoModelForCausalLM.from_pretrained(finished / "export")
     assert type(theirs).__name__ == "DiffLlamaForCausalLM"
     tokenizer = AutoTokenizer.from_pretrained(finished / "export")
-    ids = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": "3+4"}], return_dict=True)["input_ids"]])
+    ids = torch.tensor(
+        [tokenizer.apply_chat_template([{"role": "user", "content": "3+4"}], return_dict=True)["input_ids"]]
+    )
     ours = load_model(finished / "checkpoints" / "traces" / "step-00000003")
     torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -97,7 +114,9 @@ def test_a_later_end_goes_on_from_the_last_checkpoint(tmp_path):
     run.fit(config_of(tmp_path / "straight", *base, "trainer.max_steps=5", short=ONE_STAGE))
     run.fit(config_of(tmp_path / "twice", *base, "trainer.max_steps=3", short=ONE_STAGE))
     run.fit(config_of(tmp_path / "twice", *base, "trainer.max_steps=5", short=ONE_STAGE))
-    straight, twice = (load_model(tmp_path / name / "checkpoints" / "main" / "step-00000005") for name in ("straight", "twice"))
+    straight, twice = (
+        load_model(tmp_path / name / "checkpoints" / "main" / "step-00000005") for name in ("straight", "twice")
+    )
     for (name, expected), actual in zip(straight.named_parameters(), twice.parameters(), strict=True):
         assert torch.equal(expected, actual), name
 
@@ -108,7 +127,7 @@ def test_resume_never_refuses_a_folder_with_a_run(finished):
 
 
 def test_another_model_refuses_the_folder_of_a_run(finished):
-    with pytest.raises(ValueError, match="holds a run with model=.*choose another run_dir"):
+    with pytest.raises(ValueError, match=r"holds a run with model=.*choose another run_dir"):
         run.fit(config_of(finished, "model.num_hidden_layers=1"))
 
 
@@ -133,7 +152,9 @@ def test_the_quickstart_runs_with_the_other_kinds(tmp_path, kind):
 
 
 def test_evaluate_prints_and_writes_figures_with_an_interval(finished, tmp_path, capsys):
-    config = config_of(finished, f"model.path={finished / 'export'}", "tokenizer=null", command="evaluate", short=LOADED)
+    config = config_of(
+        finished, f"model.path={finished / 'export'}", "tokenizer=null", command="evaluate", short=LOADED
+    )
     results = run.evaluate(config, out=tmp_path)
     assert results["arithmetic"]["n"] == 8 and len(results["arithmetic"]["interval"]) == 2
     assert json.loads((tmp_path / "results.json").read_text())["tasks"] == results
@@ -175,7 +196,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_
     newest.write_bytes(newest.read_bytes()[:-100])
     run.logging.getLogger("difftune").propagate = True
     assert run.fit(config_of(tmp_path / "run")) == 0
-    assert any("falling back to checkpoint" in r.getMessage() and "bytes instead of" in r.getMessage() for r in caplog.records)
+    assert any(
+        "falling back to checkpoint" in r.getMessage() and "bytes instead of" in r.getMessage() for r in caplog.records
+    )
     straight, again = (load_model(d / "export") for d in (finished, tmp_path / "run"))
     for expected, actual in zip(straight.parameters(), again.parameters(), strict=True):
         assert torch.equal(expected, actual)
@@ -194,8 +217,8 @@ def test_held_out_problems_that_are_trained_on_are_named(tmp_path, caplog):
 
 def test_the_quickstart_problems_are_unseen(tmp_path):
     config = load_config(QUICKSTART, [f"run_dir={tmp_path}"], command="fit")
-    tokenizer = run._build_tokenizer(config)
+    tokenizer = build_tokenizer(config)
     for stage in config.resolved_stages():
-        data = run._build_data(stage, tokenizer, None)
-        for task in run._build_tasks(stage.evaluation):
+        data = build_data(stage, tokenizer, None)
+        for task in build_tasks(stage.evaluation):
             assert len(task.problems) == 200 and data.seen(task.problems) == []

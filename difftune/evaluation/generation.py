@@ -146,7 +146,7 @@ def _read(
     ended = tokenizer.eos_token_id in row
     if ended:
         row = row[: row.index(tokenizer.eos_token_id) + 1]
-    else:
+    elif stop:
         # A row that met a stop string is padded while the others go on.
         while row and row[-1] == _pad_id(tokenizer):
             row = row[:-1]

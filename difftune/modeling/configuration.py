@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ATTENTION_KINDS = ("diff_v1", "diff_v2", "softmax")
 SUBLN_KINDS = ("affine", "plain", "none")
@@ -132,6 +134,9 @@ class DiffTransformerConfig(PreTrainedConfig):
     def _check(self) -> None:
         _one_of("attention", self.attention, ATTENTION_KINDS)
         _one_of("subln", self.subln, SUBLN_KINDS)
+        _one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        _one_of("rope_type", rope_type, ("default", *ROPE_INIT_FUNCTIONS))
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         assert kv_heads is not None and self.head_dim is not None
         if self.head_dim < 2 or self.head_dim % 2:

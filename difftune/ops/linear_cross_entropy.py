@@ -93,14 +93,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), rows):
             h, label = hidden[start : start + rows], labels[start : start + rows, None]
             logits = (h @ weight.T).to(accumulate)
-            lse = logits.logsumexp(dim=1, keepdim=True)
-            loss_sum += (lse - logits.gather(1, label)).sum() + z_loss * lse.square().sum()
+            picked = logits.gather(1, label)
+            # One pass over the exponentials serves the loss and the gradient; logits become the softmax.
+            top = logits.amax(dim=1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+            lse = total.log() + top
+            loss_sum += (lse - picked).sum() + z_loss * lse.square().sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # d loss / d logits = softmax * (1 + 2 z lse) - onehot, written over the logits.
-            grad_logits = logits.sub_(lse).exp_()
-            if z_loss:
-                grad_logits.mul_(1 + 2 * z_loss * lse)
+            # d loss / d logits = softmax * (1 + 2 z lse) - onehot.
+            grad_logits = logits.mul_((1 + 2 * z_loss * lse) / total)
             grad_logits.scatter_add_(1, label, grad_logits.new_full((1, 1), -1.0).expand_as(label))
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:

@@ -36,7 +36,8 @@ def accuracies(run_dir: str | Path) -> list[dict[str, Any]]:
             chosen = [("before training", steps[0])] if stage == stages[0] and steps[0] == 0 else []
             if steps[-1] > 0:
                 chosen.append((f"after {stage}", steps[-1]))
-            rows += [{"when": when, "task": task, "step": step, **evaluations[stage, task, step]} for when, step in chosen]
+            for when, step in chosen:
+                rows.append({"when": when, "task": task, "step": step, **evaluations[stage, task, step]})
     return rows
 
 

@@ -185,7 +185,7 @@ class Checkpointing(Checkpoint):
             return True
         error: OSError | None = None
         try:
-            trainer.save_checkpoint(self._path(step))
+            trainer.save_checkpoint(self._path(step), weights_only=False)
         except OSError as caught:
             error = caught
             # The one that the other ranks wait at inside save_checkpoint, which this rank left early.

@@ -1,8 +1,8 @@
 """Supervised fine-tuning, with a loss that is exactly the mean over the label tokens of each optimiser step.
 
-How the normalisation works. An optimiser step sees ``W`` ranks times up to ``k`` micro-batches (``trainer.
-accumulate_grad_batches``), each with its own number of label tokens. The loss to minimise is the sum of their
-losses over the sum of their counts, ``L = sum(loss_sum) / N``. Averaging the means of micro-batches, as a
+How the normalisation works. An optimiser step sees ``W`` ranks times up to ``k`` micro-batches
+(``accumulate_grad_batches``), each with its own number of label tokens. The loss to minimise is the sum of
+their losses over the sum of their counts, ``sum(loss_sum) / N``. Averaging the means of micro-batches, as a
 trainer does by default, gives tokens in short batches more weight. Here instead:
 
 1. ``training_step`` returns ``loss_sum / S``. ``S`` is a power of two near the size of a micro-batch, the

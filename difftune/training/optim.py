@@ -93,8 +93,9 @@ def lr_factor(
         The factor, in ``(0, 1]`` for steps before ``total_steps``.
 
     Example:
-        >>> [lr_factor(s, warmup_steps=2, total_steps=6, schedule="linear", min_lr_ratio=0.0) for s in
-        range(6)] [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+        >>> line = {"warmup_steps": 2, "total_steps": 6, "schedule": "linear", "min_lr_ratio": 0.0}
+        >>> [lr_factor(step, **line) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -131,7 +132,8 @@ def build_schedule(
     if schedule not in ("linear", "cosine", "constant"):
         raise ValueError(f"schedule must be linear, cosine or constant, got {schedule!r}")
     if schedule != "constant":
-        if not math.isfinite(total_steps):
+        # Lightning estimates -1 for data without an end.
+        if not 0 < total_steps < math.inf:
             raise ValueError(
                 f"schedule={schedule} must know where training ends: set trainer.max_steps, or use constant"
             )

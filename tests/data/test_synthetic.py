@@ -74,6 +74,14 @@ def test_train_and_test_share_no_problem_in_any_order_or_with_any_settings():
     assert not train & {as_multiset(row["question"]) for row in rows("test", seed=5, terms=[3, 3], count=1000)}
 
 
+def test_canonical_form_is_blind_to_order_and_to_nothing_else():
+    canonical = synthetic.canonical_chain
+    assert canonical([2, 3, 4], ["*", "+"]) == canonical([4, 3, 2], ["+", "*"])
+    assert canonical([9, 2, 3], ["-", "*"]) == canonical([9, 3, 2], ["-", "*"])
+    different = [([2, 3], "*"), ([2, 3], "+"), ([2, 3], "-"), ([3, 2], "-"), ([2, 3, 1], "+-"), ([2, 3, 1], "-+")]
+    assert len({canonical(numbers, list(operators)) for numbers, operators in different}) == len(different)
+
+
 def test_a_tenth_of_all_problems_is_test():
     drawn = islice(synthetic._arithmetic(synthetic.random.Random(0), (3, 3), (1, 50), "+-"), 5000)
     share = sum(synthetic.split_of(canonical) == "test" for canonical, _ in drawn) / 5000

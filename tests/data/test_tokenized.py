@@ -1,6 +1,7 @@
 import logging
 import multiprocessing
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -102,34 +103,41 @@ def test_damaged_entry_is_built_again_and_said_so(damage, source, digits, tmp_pa
     assert same(again, load_tokenized(source, digits)) and len(good) == len(again)
 
 
-def test_failure_while_writing_leaves_no_entry(source, digits, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-
+@pytest.mark.parametrize("step", ["os.fsync", "Path.rename"])
+def test_failure_before_the_last_step_leaves_no_entry(step, source, digits, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenized.os, "fsync", full)
+    monkeypatch.setattr(f"difftune.data.tokenized.{step}", full)
     with pytest.raises(OSError, match="No space left"):
-        load_tokenized(source, digits, cache)
-    assert entries(cache) == []
+        load_tokenized(source, digits, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
 
 
 def load_in_child(path, cache, results):
     results.put(int(load_tokenized(Source(path), build_tokenizer("digits"), cache).ids.sum()))
 
 
-def test_two_processes_share_one_entry(source, tmp_path):
+def test_of_two_processes_one_builds_and_the_other_waits(source, tmp_path, monkeypatch):
+    build, log = tokenized._build, tmp_path / "builds"
+
+    def slow_build(*arguments):
+        with log.open("a") as stream:
+            stream.write("built\n")
+        time.sleep(0.5)
+        return build(*arguments)
+
+    monkeypatch.setattr(tokenized, "_build", slow_build)  # the children inherit it
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    children = [
-        context.Process(target=load_in_child, args=(source.path, tmp_path / "cache", results)) for _ in range(2)
-    ]
+    arguments = (source.path, tmp_path / "cache", results)
+    children = [context.Process(target=load_in_child, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
-    sums = {results.get(timeout=60) for _ in children}
+    assert len({results.get(timeout=60) for _ in children}) == 1
     for child in children:
         child.join()
-    assert len(sums) == 1
+    assert log.read_text() == "built\n"
     assert len(entries(tmp_path / "cache")) == 1
 
 

@@ -94,6 +94,14 @@ def test_prompts_may_be_token_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     assert ids == before
 
 
+def test_a_padding_token_that_the_model_writes_is_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=5)
+    assert tokenizer.pad_token_id == 0 and found == [Generation("", 5, finished=False)] * len(PROMPTS)
+
+
 def test_no_prompts_give_no_texts(tokenizer: PreTrainedTokenizerBase) -> None:
     assert generate_texts(tiny_model(), tokenizer, [], max_new_tokens=8) == []
 

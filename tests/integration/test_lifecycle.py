@@ -30,7 +30,12 @@ STAGES = (
 def difftune(*arguments, wait=True):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [*RUN, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*RUN, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if not wait:
         return process
@@ -113,11 +118,16 @@ def test_real_mathematics_end_to_end(tmp_path):
     ("arguments", "message"),
     [
         (("fit", "--config", "recipes/quickstart.yaml", "optim.lrr=1"), "did you mean"),
-        (("fit", "--config", "recipes/quickstart.yaml", "data.train.*.path=missing.jsonl", "run_dir={tmp}"), "missing.jsonl"),
+        (
+            ("fit", "--config", "recipes/quickstart.yaml", "data.train.*.path=missing.jsonl", "run_dir={tmp}"),
+            "missing.jsonl",
+        ),
         (("evaluate", "--model", "{tmp}/nowhere", "--data", "synthetic:arithmetic"), "nowhere"),
     ],
     ids=["misspelt-key", "missing-data", "missing-model"],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(arguments, message, tmp_path):
-    code, shown = difftune(*(argument.format(tmp=tmp_path) if "{tmp}" in argument else argument for argument in arguments))
+    code, shown = difftune(
+        *(argument.format(tmp=tmp_path) if "{tmp}" in argument else argument for argument in arguments)
+    )
     assert code == 2 and message in shown and "Traceback" not in shown, shown

@@ -9,9 +9,8 @@ def write(run_dir, *entries):
     lines = []
     for stage, step, accuracy in entries:
         figures = {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1, "n": 50}
-        lines += [
-            {"stage": stage, "step": step, "name": f"eval/sums/{name}", "value": value} for name, value in figures.items()
-        ]
+        for name, value in figures.items():
+            lines.append({"stage": stage, "step": step, "name": f"eval/sums/{name}", "value": value})
     lines.append({"stage": "a", "step": 1, "name": "train/loss", "value": 2.0})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

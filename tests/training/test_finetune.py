@@ -275,6 +275,20 @@ def test_the_real_model_trains_on_packed_and_padded_batches():
         assert module.logged["train/loss"] == pytest.approx(float(loss), rel=0.3)
 
 
+def test_the_schedule_runs_over_what_the_trainer_will_do():
+    module = build_module(total_steps=None, warmup_steps=0, schedule="linear")
+    trainer = build_trainer(max_steps=8)
+    trainer.fit(module, ToyData())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+    assert module.logged["train/lr"] == pytest.approx(1e-2 / 8)
+
+
+def test_a_decay_over_endless_data_without_a_last_step_is_refused():
+    module = build_module(total_steps=None, schedule="linear")
+    with pytest.raises(ValueError, match=r"set trainer.max_steps, or use constant"):
+        build_trainer(max_steps=-1, max_epochs=1).fit(module, ToyData())
+
+
 def test_z_loss_reaches_the_model():
     seen = []
 

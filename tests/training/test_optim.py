@@ -140,6 +140,7 @@ def test_no_step_of_the_training_has_a_rate_of_zero():
     ("settings", "message"),
     [
         ({"schedule": "linear", "total_steps": math.inf}, "set trainer.max_steps, or use constant"),
+        ({"schedule": "cosine", "total_steps": -1}, "set trainer.max_steps, or use constant"),
         ({"schedule": "step", "total_steps": 5}, "linear, cosine or constant, got 'step'"),
         (
             {"schedule": "cosine", "total_steps": 5, "warmup_steps": 6},

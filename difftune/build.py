@@ -1,0 +1,236 @@
+"""From a config to objects: tokenizer, model, data, module, tasks, Trainer."""
+
+import logging
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from difftune.checkpoints.load import load_model
+from difftune.config import Config, EvaluationConfig, ModelConfig, StageConfig
+from difftune.config_checks import task_name
+from difftune.data.datamodule import SFTDataModule
+from difftune.data.problems import load_problems
+from difftune.data.sources import Source
+from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
+from difftune.evaluation.callback import ScheduledEvaluation
+from difftune.evaluation.math import MathTask
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.run_folder import RunFolder
+from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
+from difftune.training.checkpoint import Checkpointing
+from difftune.training.finetune import FinetuneModule
+from difftune.training.flops import ModelFlops
+from difftune.training.loggers import build_loggers
+from difftune.training.preemption import Preemption
+from difftune.training.strategies import build_strategy
+
+log = logging.getLogger(__name__)
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, else the one that belongs to `model.path`."""
+    if config.tokenizer is not None:
+        return build_named_tokenizer(config.tokenizer)
+    path = config.model.path
+    assert path is not None, "checked with the config"
+    # A checkpoint has no tokenizer of its own; that of its run lies above it.
+    above = [folder / "tokenizer" for folder in Path(path).absolute().parents[:3]]
+    own = (Path(path) / "tokenizer_config.json").is_file()
+    return build_named_tokenizer(path if own else next((str(folder) for folder in above if folder.is_dir()), path))
+
+
+def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
+    """The architecture of a fresh model, with the vocabulary and the special tokens of the tokenizer."""
+    return DiffTransformerConfig(
+        **{"vocab_size": len(tokenizer), **config.architecture()},
+        attention_backend=config.attention_backend,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def build_model(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    start_from: Path | None = None,
+    device: str = "cpu",
+) -> DiffTransformerForCausalLM:
+    """The model to train.
+
+    Args:
+        config: Its section of the recipe.
+        tokenizer: Its tokenizer.
+        seed: Of the weights of a fresh model.
+        start_from: Checkpoint of an earlier stage. None: `config.path`, else a fresh model.
+        device: "meta" builds a fresh model without weights.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model's embedding.
+    """
+    dtype = getattr(torch, config.dtype)
+    path = start_from or config.path
+    if path is not None:
+        model = load_model(path, dtype=dtype, attention_backend=config.attention_backend)
+        given = config.architecture()
+        context = {name: given[name] for name in ("max_position_embeddings", "rope_parameters") if name in given}
+        if context:
+            model.extend_context(**context)
+    else:
+        seed_everything(seed, verbose=False)
+        with torch.device(device):
+            model = DiffTransformerForCausalLM(fresh_architecture(config, tokenizer))
+        cast_weights(model, dtype)
+    if model.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size} rows: "
+            "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
+        )
+    if config.gradient_checkpointing:
+        # transformers 5.23 renames it; 5.17 has the old name only.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
+def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None) -> SFTDataModule:
+    """The data of a stage; `cache_dir` is where tokens are kept unless the recipe says."""
+    config = stage.data
+    return SFTDataModule(
+        tokenizer=tokenizer,
+        train=[Source(**vars(source)) for source in config.train],
+        seq_len=config.seq_len,
+        micro_batch_size=config.micro_batch_size,
+        packing=config.packing,
+        overlong=config.overlong,
+        shuffle=config.shuffle,
+        seed=stage.seed,
+        num_workers=config.num_workers,
+        cache_dir=Path(config.cache_dir) if config.cache_dir else cache_dir,
+        max_epochs=stage.trainer.max_epochs,
+        accumulate_grad_batches=stage.trainer.accumulate_grad_batches,
+        streaming=config.streaming,
+    )
+
+
+def build_module(
+    stage: StageConfig, model: DiffTransformerForCausalLM, data: SFTDataModule, world_size: int = 1
+) -> FinetuneModule:
+    """The training module of a stage, whose schedule runs over the steps that the stage will take."""
+    options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}
+    return FinetuneModule(model, total_steps=total_steps(stage, data, world_size), **options)
+
+
+def build_tasks(config: EvaluationConfig) -> list[MathTask]:
+    """The sets of problems, loaded."""
+    return [
+        MathTask(
+            name=task_name(task),
+            problems=load_problems(task.path, task.limit, config.seed, options=task.options),
+            max_new_tokens=task.max_new_tokens or config.max_new_tokens,
+            batch_size=config.batch_size,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            num_samples=config.num_samples,
+            seed=config.seed,
+        )
+        for task in config.tasks
+    ]
+
+
+def build_trainer(
+    config: Config,
+    stage: StageConfig,
+    folder: RunFolder,
+    model: DiffTransformerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SFTDataModule,
+    preemption: Preemption,
+    *,
+    resume_step: int | None,
+    console: Console,
+) -> Trainer:
+    """The Trainer of a stage, with its callbacks and loggers."""
+    checkpointing = Checkpointing(
+        folder.checkpoints(stage.name),
+        every_n_steps=stage.checkpoint.every_n_steps,
+        keep_last=stage.checkpoint.keep_last,
+        best_metric=stage.checkpoint.best_metric,
+        best_mode=stage.checkpoint.best_mode,  # type: ignore[arg-type]  # the config allows max and min
+    )
+    # Throughput comes first: its clock stops while those after it evaluate and save.
+    callbacks: list[Callback] = [Throughput(ModelFlops.of_model(model)), LambdaMonitor()]
+    if config.logging.progress_bar:
+        callbacks.append(RichProgress(stage.name, console=console))
+    settings = stage.evaluation
+    if settings.tasks:
+        tasks = build_tasks(settings)
+        for task in tasks:
+            _warn_of_contamination(task, data)
+        callbacks.append(
+            ScheduledEvaluation(
+                tasks,
+                tokenizer,
+                samples_dir=folder.path / "samples",
+                stage=stage.name,
+                before=settings.before,
+                at_end=settings.at_end,
+                every_n_steps=settings.every_n_steps,
+                every_n_tokens=settings.every_n_tokens,
+                every_fraction=settings.every_fraction,
+                total_steps=total_steps(stage, data),
+                time_limit_s=settings.time_limit_s,
+                should_stop=preemption.is_preempted,
+                on_result=checkpointing.on_evaluation,
+            )
+        )
+    options = stage.trainer
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=build_strategy(options.strategy),
+        precision=options.precision,  # type: ignore[arg-type]  # the config allows four of Lightning's names
+        max_steps=options.max_steps,
+        # The data module holds the epochs: the Trainer sees one stream.
+        max_epochs=1,
+        max_time=options.max_time,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        gradient_clip_val=options.gradient_clip_val,
+        log_every_n_steps=options.log_every_n_steps,
+        deterministic=options.deterministic,
+        logger=build_loggers(
+            config.logging.loggers,
+            run_dir=folder.path,
+            stage=stage.name,
+            resume_step=resume_step,
+            project=config.logging.project,
+        ),
+        callbacks=[*callbacks, preemption, checkpointing],
+        enable_progress_bar=config.logging.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def total_steps(stage: StageConfig, data: SFTDataModule, world_size: int = 1) -> int | None:
+    """Optimiser steps of a stage, by whichever limit comes first; None if only time ends it."""
+    limits = [stage.trainer.max_steps if stage.trainer.max_steps > 0 else None, data.total_steps(world_size)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _warn_of_contamination(task: MathTask, data: SFTDataModule) -> None:
+    seen = data.seen(task.problems)
+    if seen:
+        log.warning(
+            "%d of the %d problems of %s are also in the training data, such as %r: its accuracy is not that of "
+            "unseen problems",
+            len(seen),
+            len(task.problems),
+            task.name,
+            seen[0].id,
+        )

@@ -1,0 +1,132 @@
+"""The folder of a run: the interface between what trains and everything that looks at a run later.
+
+::
+
+    config.yaml        the recipe, resolved: `difftune fit --config RUN/config.yaml` is the same run
+    environment.json   versions, hardware, git commit of the last start
+    metrics.jsonl      one object a line: step, tokens, name, value, stage, time
+    tokenizer/         so that every checkpoint below can be evaluated
+    checkpoints/STAGE/ step-*, best, and done.json once the stage has ended
+    samples/           what was generated and how it was graded, STAGE-STEP.jsonl
+    cache/             tokenised data, keyed by content
+    export/            the finished model
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from difftune.environment import describe_environment
+from difftune.training.checkpoint_io import find_damage, find_resumable
+
+_SAME_RUN = ("model", "tokenizer")
+
+
+class RunFolder:
+    """Reads and writes what belongs to a run as a whole.
+
+    Args:
+        path: The folder; made by `open`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def open(self, config_yaml: str, *, may_go_on: bool) -> None:
+        """Write the config and the environment.
+
+        Args:
+            config_yaml: The resolved recipe.
+            may_go_on: Whether the folder may hold a run already.
+
+        Raises:
+            ValueError: If it holds one and may not, or if that one trains another model.
+        """
+        old = self.path / "config.yaml"
+        if any((self.path / "checkpoints").glob("*/step-*")):
+            if not may_go_on:
+                raise ValueError(
+                    f"{self.path} holds a run already, and resume is never: choose another run_dir, or resume=auto"
+                )
+            if old.is_file():
+                _check_same_run(yaml.safe_load(old.read_text(encoding="utf-8")), yaml.safe_load(config_yaml), self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        old.write_text(config_yaml, encoding="utf-8")
+        write_json(self.path / "environment.json", describe_environment())
+
+    def checkpoints(self, stage: str) -> Path:
+        """Folder of a stage's checkpoints."""
+        return self.path / "checkpoints" / stage
+
+    def resume_point(self, stage: str, resume: str) -> Path | None:
+        """The checkpoint that a stage goes on from, or None to begin.
+
+        Args:
+            stage: Name of the stage.
+            resume: A checkpoint, which counts for the stage that it lies in; else the newest whole one is taken.
+
+        Raises:
+            ValueError: If the checkpoint that was named is damaged, or if all of the stage's are.
+        """
+        named = Path(resume)
+        if named.parent.resolve() != self.checkpoints(stage).resolve():
+            return find_resumable(self.checkpoints(stage))
+        damage = find_damage(named)
+        if damage:
+            raise ValueError(f"resume={named}: {damage}; resume=auto finds the newest whole checkpoint")
+        return named
+
+    def last_checkpoint(self, stage: str) -> Path:
+        """The newest whole checkpoint of a stage that has ended.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        last = find_resumable(self.checkpoints(stage))
+        if last is None:
+            raise ValueError(f"{self.checkpoints(stage)} has no checkpoint, although stage {stage} has ended")
+        return last
+
+    def finished_checkpoint(self, stage: str) -> Path:
+        """What a stage came to: its best checkpoint where one was chosen, else its last."""
+        best = self.checkpoints(stage) / "best"
+        return best if best.is_dir() else self.last_checkpoint(stage)
+
+    def mark_ended(self, stage: str, step: int, end: dict[str, Any]) -> None:
+        """Note that a stage ran to its end.
+
+        Args:
+            stage: Name of the stage.
+            step: Optimiser steps done.
+            end: The limits that it was given.
+        """
+        write_json(self.checkpoints(stage) / "done.json", {"step": step, "end": end})
+
+    def has_ended(self, stage: str, end: dict[str, Any]) -> bool:
+        """Whether a stage ran to the end that it is given now; with a later one it goes on."""
+        done = self.checkpoints(stage) / "done.json"
+        return done.is_file() and json.loads(done.read_text(encoding="utf-8"))["end"] == end
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    """Write a file of one JSON object a line, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def _check_same_run(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    for key in _SAME_RUN:
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{path} holds a run with {key}={old.get(key)}, this one has {key}={new.get(key)}: "
+                "checkpoints of the one cannot go on as the other; choose another run_dir"
+            )
