@@ -248,7 +248,8 @@ def _load_for_inference(
     if device is None:
         wanted = config.trainer.accelerator
         device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(wanted, wanted)
-    return model.to(torch.device(device)), build_tokenizer(config)
+    model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
+    return model, build_tokenizer(config)
 
 
 def _end_of(stage: StageConfig) -> dict[str, Any]:

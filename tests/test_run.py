@@ -159,7 +159,7 @@ def test_evaluate_prints_and_writes_figures_with_an_interval(finished, tmp_path,
     assert results["arithmetic"]["n"] == 8 and len(results["arithmetic"]["interval"]) == 2
     assert json.loads((tmp_path / "results.json").read_text())["tasks"] == results
     assert len((tmp_path / "samples" / "arithmetic.jsonl").read_text().splitlines()) == 8
-    assert "95% interval" in capsys.readouterr().out
+    assert "accuracy of" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_evaluated_with_the_tokenizer_of_its_run(finished):

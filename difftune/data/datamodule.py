@@ -190,8 +190,15 @@ class SFTDataModule(pl.LightningDataModule):
             seq_len=self._seq_len,
             pad_id=self._pad_id,
         )
-        # Batches are made by the stream: the loader only spreads it over workers.
-        return DataLoader(stream, batch_size=None, num_workers=self._num_workers, pin_memory=torch.cuda.is_available())
+        # Batches are made by the stream: the loader only spreads it over workers. Its own generator keeps it from
+        # drawing on the global random state, which a resumed run must find as it was.
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
 
     def total_batches(self, world_size: int | None = None) -> int | None:
         """Batches of each rank over all epochs, from the beginning; None if endless or streaming.

@@ -142,6 +142,13 @@ def test_ranks_share_each_global_batch(digits):
         assert torch.equal(whole["labels"][1::2], right["labels"])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_state_is_left_alone(digits, workers):
+    before = torch.get_rng_state()
+    first(build(digits, num_workers=workers), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_cache_hit_gives_identical_batches(digits, tmp_path, monkeypatch):
     plain = first(build(digits), 20)
     first_time = first(build(digits, cache_dir=tmp_path), 20)
