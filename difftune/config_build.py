@@ -227,7 +227,7 @@ class _Builder:
 
     def _convert(self, value: Any, hint: Any, node: Node, path: str, constraints: Constraints) -> Any:
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if node.value == _UNRESOLVED:
+        if _UNRESOLVED in (node.value, value):
             raise _InvalidError
         if value == _REQUIRED:
             raise self._invalid(node, path, f"has to be given; add {path}=VALUE to the command")

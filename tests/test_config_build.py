@@ -121,6 +121,12 @@ def test_interpolations_that_lead_nowhere_are_all_told_beside_the_other_problems
     ]
 
 
+def test_interpolations_in_a_circle_are_told_once(tmp_path: Path) -> None:
+    assert problems(tmp_path, "seed: ${optim.lr}\noptim:\n  lr: ${seed}\n") == [
+        "line 1: seed: cannot resolve '${optim.lr}': Recursive interpolation detected"
+    ]
+
+
 def test_an_environment_variable_without_value_or_default_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,9 +31,13 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "evaluation": {"modeling", "losses", "ops"},
     "report": set(),
     **{name: CONFIG for name in CONFIG},
+    # What run.py is made of: these, and the command line, are all that may see a config.
     "dry_run": {"environment", "data", "modeling", "training"},
+    "run_folder": {*CONFIG, "environment", "training"},
+    "build": {*CONFIG, "run_folder", "checkpoints", "data", "evaluation", "losses", "modeling", "training"},
     "run": {
         *CONFIG,
+        "build",
         "checkpoints",
         "data",
         "dry_run",
@@ -42,6 +46,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "losses",
         "modeling",
         "report",
+        "run_folder",
         "training",
     },
     "cli": {*CONFIG, "run"},

@@ -149,8 +149,9 @@ def _assemble(
         learned = learned[: len(document)]
         learned[-1] = True
     learned[0] = False
-    if not learned.any() or document[-1] != eos:
-        raise ValueError(f"{where}: no label to learn after tokenisation")
+    assert document[-1] == eos
+    if not learned.any():
+        raise ValueError(f"{where}: no label to learn, the tokenizer makes nothing of the text")
     return Encoded(np.asarray(document, dtype=np.int32), learned)
 
 

@@ -26,6 +26,7 @@ class Corpus:
     Attributes:
         counts: Rows read and dropped, over-long ones included.
         truncated: Documents that were cut.
+        lost_to_length: Documents that were dropped because of their length.
         longest: Tokens of the longest document before the limit.
         lengths: int64, shape [kept]: tokens of each document that is learned.
         label_counts: int64, shape [kept]: labels of each.
@@ -40,7 +41,7 @@ class Corpus:
         self.label_counts = np.concatenate([np.empty(0, np.int64), *(_label_counts(part) for part in sets)])
         self.longest = int(self.lengths.max(initial=0))
         self._kept = np.arange(len(self.lengths))
-        self.truncated = 0
+        self.truncated = self.lost_to_length = 0
         if (too_long := np.flatnonzero(self.lengths > seq_len)).size:
             self._limit(too_long, overlong)
 
@@ -94,15 +95,17 @@ class Corpus:
         keep = np.ones(len(self.lengths), dtype=bool)
         if overlong == "drop":
             keep[too_long] = False
-            self.counts.dropped[f"longer than {self.seq_len} tokens"] += len(too_long)
+            reason = f"longer than {self.seq_len} tokens"
         else:
             for index in too_long.tolist():
                 self.lengths[index] = self.seq_len
                 self.label_counts[index] = np.count_nonzero(self._whole(index).learned[: self.seq_len])
                 keep[index] = self.label_counts[index] > 0
             self.truncated = int(keep[too_long].sum())
-            if no_label := len(too_long) - self.truncated:
-                self.counts.dropped[f"no label within {self.seq_len} tokens"] += no_label
+            reason = f"no label within {self.seq_len} tokens"
+        if lost := len(keep) - int(keep.sum()):
+            self.lost_to_length = lost
+            self.counts.dropped[reason] = lost
         self._kept = np.flatnonzero(keep)
         self.lengths, self.label_counts = self.lengths[keep], self.label_counts[keep]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.data.corpus import OVERLONG, Corpus
 from difftune.data.sources import Source
 from difftune.data.statistics import DataStatistics, count_corpus
-from difftune.data.stream import BatchStream, RowStream, interleave
+from difftune.data.stream import BatchStream, RowStream, interleave, order_rng
 from difftune.data.tokenized import PIECE_ROWS, load_tokenized, question_key, tokenize_pieces
 from difftune.data.tokenizers import decode
 
@@ -137,10 +137,10 @@ class SFTDataModule(pl.LightningDataModule):
         else:
             sets = [load_tokenized(source, self._tokenizer, self._cache_dir) for source in self._sources]
             corpus = Corpus(sets, seq_len=self._seq_len, overlong=self._overlong)
-        rows = corpus.rows(self._rng(), packing=self._packing)
+        rng = order_rng(self._seed, 0, 0) if self._shuffle else None
         stats = count_corpus(
             corpus,
-            rows,
+            corpus.rows(rng, packing=self._packing),
             packing=self._packing,
             micro_batch_size=self._micro_batch_size,
             eos_id=self._eos_id,
@@ -152,11 +152,10 @@ class SFTDataModule(pl.LightningDataModule):
                 f"none of the {stats.rows_read} rows read is left to learn: {reasons} (the longest has "
                 f"{stats.longest_row} tokens)"
             )
-        lost = sum(count for reason, count in stats.dropped.items() if str(self._seq_len) in reason)
-        if lost > _LOSS_WORTH_A_WARNING * stats.rows_read:
+        if corpus.lost_to_length > _LOSS_WORTH_A_WARNING * stats.rows_read:
             log.warning(
                 "%d of %d rows are lost because they are longer than seq_len=%d (the longest has %d tokens)",
-                lost,
+                corpus.lost_to_length,
                 stats.rows_read,
                 self._seq_len,
                 stats.longest_row,
@@ -270,9 +269,6 @@ class SFTDataModule(pl.LightningDataModule):
         assert isinstance(pad, int), "build_tokenizer gives a padding token"
         return pad
 
-    def _rng(self) -> np.random.Generator | None:
-        return np.random.default_rng([self._seed, 0, 0]) if self._shuffle else None
-
     def _row_stream(self) -> RowStream:
         return RowStream(
             blocks=self._blocks,
@@ -299,7 +295,6 @@ class SFTDataModule(pl.LightningDataModule):
     def _batches_processed(self) -> int:
         if not self.trainer:
             return self._start_batch
-        # `processed`, not `completed`: in on_train_batch_end, where checkpoints are saved, the latter is one
-        # short.
+        # `completed` is one short in on_train_batch_end, where checkpoints are saved.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return progress.processed

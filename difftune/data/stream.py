@@ -18,6 +18,11 @@ from difftune.data.batches import Batch, packed_batch, padded_batch
 from difftune.data.corpus import Corpus
 
 
+def order_rng(seed: int, epoch: int, block: int) -> np.random.Generator:
+    """What decides the order of a block of an epoch."""
+    return np.random.default_rng([seed, epoch, block])
+
+
 @dataclass(frozen=True)
 class RowStream:
     """The rows of all epochs, one after another."""
@@ -42,7 +47,7 @@ class RowStream:
                 return
             rows_of_epoch = 0
             for number, corpus in enumerate(self.blocks()):
-                rng = np.random.default_rng([self.seed, epoch, number]) if self.shuffle else None
+                rng = order_rng(self.seed, epoch, number) if self.shuffle else None
                 rows = corpus.rows(rng, packing=self.packing)
                 rows_of_epoch += len(rows)
                 for documents in rows[skip:]:

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from difftune.run_folder import RunFolder, write_json_lines
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open("model: {hidden_size: 8}\ntokenizer: digits\n", may_go_on=True)
+    return folder
+
+
+def begin(folder, stage="main", step=5):
+    path = folder.checkpoints(stage) / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    return path
+
+
+def test_opening_writes_config_and_environment(folder):
+    assert (folder.path / "config.yaml").read_text().startswith("model:")
+    assert json.loads((folder.path / "environment.json").read_text())["packages"]["torch"]
+
+
+def test_a_folder_without_checkpoints_may_be_opened_again_with_another_model(folder):
+    folder.open("model: {hidden_size: 16}\n", may_go_on=False)
+    assert "16" in (folder.path / "config.yaml").read_text()
+
+
+def test_a_folder_with_a_run_goes_on_with_the_same_model_only(folder):
+    begin(folder)
+    folder.open("model: {hidden_size: 8}\ntokenizer: digits\noptim: {lr: 1}\n", may_go_on=True)
+    with pytest.raises(ValueError, match="holds a run with tokenizer=digits, this one has tokenizer=bytes"):
+        folder.open("model: {hidden_size: 8}\ntokenizer: bytes\n", may_go_on=True)
+    with pytest.raises(ValueError, match="holds a run already, and resume is never"):
+        folder.open("model: {hidden_size: 8}\ntokenizer: digits\n", may_go_on=False)
+
+
+def test_a_stage_has_ended_only_for_the_end_it_was_given(folder):
+    assert not folder.has_ended("main", {"max_steps": 5})
+    folder.mark_ended("main", 5, {"max_steps": 5})
+    assert folder.has_ended("main", {"max_steps": 5}) and not folder.has_ended("main", {"max_steps": 9})
+
+
+def test_a_named_checkpoint_counts_for_its_own_stage_and_has_to_be_whole(folder):
+    path = begin(folder)
+    assert folder.resume_point("other", str(path)) is None
+    with pytest.raises(ValueError, match=r"resume=.*step-00000005: .*resume=auto finds the newest whole checkpoint"):
+        folder.resume_point("main", str(path))
+
+
+def test_a_stage_that_ended_without_a_checkpoint_is_an_error(folder):
+    with pytest.raises(ValueError, match="has no checkpoint, although stage main has ended"):
+        folder.last_checkpoint("main")
+
+
+def test_the_best_checkpoint_is_what_a_stage_came_to(folder):
+    (folder.checkpoints("main") / "best").mkdir(parents=True)
+    assert folder.finished_checkpoint("main").name == "best"
+
+
+def test_json_lines_are_one_object_a_line(tmp_path):
+    write_json_lines(tmp_path / "a" / "b.jsonl", [{"x": 1}, {"x": 2}])
+    assert [json.loads(line)["x"] for line in (tmp_path / "a" / "b.jsonl").read_text().splitlines()] == [1, 2]
