@@ -130,7 +130,15 @@ def build_tasks(config: EvaluationConfig) -> list[MathTask]:
     return [
         MathTask(
             name=task_name(task),
-            problems=load_problems(task.path, task.limit, config.seed, options=task.options),
+            problems=load_problems(
+                task.path,
+                task.limit,
+                config.seed,
+                format=task.format,
+                split=task.split,
+                name=task.hub_name,
+                options=task.options,
+            ),
             max_new_tokens=task.max_new_tokens or config.max_new_tokens,
             batch_size=config.batch_size,
             temperature=config.temperature,

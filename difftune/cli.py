@@ -118,13 +118,16 @@ COMMANDS = {
         options=(
             _MODEL,
             Option(
-                "format", "diffllama (loads in plain transformers; diff_v1 only) or difftune", "NAME", "export.format"
+                "format",
+                "diffllama (loads in plain transformers; diff_v1 only), difftune or auto",
+                "NAME",
+                "export.format",
             ),
             Option("out", "folder to write", "DIR", is_text=True),
             _DTYPE,
         ),
         examples="""
-  difftune export --model runs/quickstart/checkpoints/last --format diffllama --out my-model""",
+  difftune export --model runs/quickstart/checkpoints/traces/step-00002400 --format diffllama --out my-model""",
     ),
 }
 

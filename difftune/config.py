@@ -171,7 +171,7 @@ class TrainerConfig:
     """Machines."""
     strategy: str = "auto"
     """How the devices work together: `auto` or `ddp`."""
-    precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed"))
+    precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     """Arithmetic of the training steps."""
     max_steps: int = _key(-1, low=-1)
     """Optimiser steps to train; -1: no limit."""
@@ -273,8 +273,9 @@ class LoggingConfig:
 class ExportConfig:
     """What is exported when the last stage has ended, to `export/` in the run folder."""
 
-    format: str = _key("diffllama", choices=("diffllama", "difftune"))
-    """`diffllama`: loads in plain transformers (diff_v1 only); `difftune`: every kind."""
+    format: str = _key("auto", choices=("auto", "diffllama", "difftune"))
+    """`diffllama`: loads in plain transformers, holds diff_v1 only; `difftune`: every kind; `auto`: the first where it
+    can hold the model, else the second."""
     verify: bool = True
     """Reload the folder and compare its logits before calling it done."""
 

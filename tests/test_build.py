@@ -48,7 +48,10 @@ def test_a_loaded_model_takes_another_context(tmp_path):
     ("overrides", "expected"),
     [
         (["trainer.max_steps=7"], 7),
-        (["trainer.max_steps=-1", "trainer.max_epochs=3", "data.packing=false", "trainer.accumulate_grad_batches=2"], 10),
+        (
+            ["trainer.max_steps=-1", "trainer.max_epochs=3", "data.packing=false", "trainer.accumulate_grad_batches=2"],
+            10,
+        ),
         (["trainer.max_steps=4", "trainer.max_epochs=3", "data.packing=false"], 4),
     ],
 )

@@ -119,7 +119,7 @@ def test_export_names_a_format_and_a_folder(calls: dict[str, Any]) -> None:
     assert cli.main(["export", "--model", "m", "--format", "difftune", "--out", "o"]) == 0
     assert (calls["config"].export.format, calls["arguments"]) == ("difftune", {"out": Path("o")})
     assert cli.main(["export", "--model", "m", "--out", "o"]) == 0
-    assert calls["config"].export.format == "diffllama"
+    assert calls["config"].export.format == "auto"
 
 
 def test_print_config_shows_what_loads_again_and_runs_nothing(

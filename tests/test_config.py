@@ -176,7 +176,7 @@ def test_all_problems_are_told_together_with_their_places_in_reading_order(tmp_p
     assert str(failure.value).splitlines() == [
         f"5 problems in {recipe}:",
         f"  {recipe}:2: unknown key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?",
-        f"  {recipe}:3: trainer.precision must be one of 32-true, bf16-mixed, bf16-true, 16-mixed, got 'bf16-mixd'; "
+        f"  {recipe}:3: trainer.precision must be one of 32-true, bf16-mixed, 16-mixed, got 'bf16-mixd'; "
         "did you mean 'bf16-mixed'?",
         f"  {recipe}:5: data.seq_len must be an integer, got 'long'",
         f"  {recipe}:7: stages.stage0.optim.lr must be a number, got 'abc'",

@@ -37,7 +37,7 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
             "optim.min_lr_ratio: a constant schedule does not decay",
         ),
         (
-            ["export={}", "model.attention=diff_v2"],
+            ["export={format: diffllama}", "model.attention=diff_v2"],
             "export.format: diffllama holds diff_v1 only, and model.attention is",
         ),
         (["stages=[{name: a}, {name: a}]"], "stages: the name 'a' stands twice"),

@@ -22,28 +22,24 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 CONFIG = {"config", "config_tree", "config_build", "config_checks", "config_text"}
 ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difftune
     "ops": set(),
-    "losses": set(),
     "environment": set(),
     "modeling": {"ops"},
     "checkpoints": {"modeling", "ops"},
     "data": set(),
-    "training": {"modeling", "losses", "ops"},
-    "evaluation": {"modeling", "losses", "ops"},
+    "training": {"modeling", "ops"},
+    "evaluation": {"modeling", "ops"},
     "report": set(),
     **{name: CONFIG for name in CONFIG},
     # What run.py is made of: these, and the command line, are all that may see a config.
     "dry_run": {"environment", "data", "modeling", "training"},
-    "run_folder": {*CONFIG, "environment", "training"},
-    "build": {*CONFIG, "run_folder", "checkpoints", "data", "evaluation", "losses", "modeling", "training"},
+    "run_folder": {"environment", "training"},
+    "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
     "run": {
         *CONFIG,
         "build",
         "checkpoints",
-        "data",
         "dry_run",
-        "environment",
         "evaluation",
-        "losses",
         "modeling",
         "report",
         "run_folder",
@@ -94,44 +90,47 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     missing = [path for path in shown if not (ROOT / path).exists()]
     assert not missing, f"README.md shows what is not there: {missing}"
     there = {relative(path) for path in MODULES if path.name != "__init__.py" or path.parent == PACKAGE}
-    # In the tree a folder with all its files on one line counts as showing them.
     unshown = sorted(there - shown)
     assert not unshown, f"README.md does not show {unshown}"
 
 
 def tree_paths(readme: str) -> set[str]:
-    """Paths in the code block that draws the tree: names, folders with a slash; what follows two spaces is a remark."""
-    blocks = re.findall(r"```(?:text)?\n(.*?)```", readme, flags=re.DOTALL)
+    """Paths in the code block that draws the tree: the names before two spaces, folders with a slash."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
     block = next((b for b in blocks if re.search(r"^difftune/", b, flags=re.MULTILINE)), None)
     assert block is not None, "README.md has no code block with the tree (a line that begins with difftune/)"
     paths: set[str] = set()
     folders: list[tuple[int, str]] = []
     for line in block.splitlines():
         indent = len(line) - len(line.lstrip())
-        names = re.match(r"\s*((?:[\w.-]+/? ?)+?)(?:\s{2,}|$)", line)
-        if names is None:
-            continue
         while folders and folders[-1][0] >= indent:
             folders.pop()
         prefix = "".join(name for _, name in folders)
-        for name in names.group(1).split():
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
             if name.endswith("/"):
                 folders.append((indent, name))
                 paths.add((prefix + name).rstrip("/"))
-            elif "." in name or name in ("Makefile", "LICENSE", "Dockerfile"):
+            elif re.fullmatch(r"[\w.-]+\.\w+|Makefile|LICENSE|Dockerfile|\.ci/run", name):
                 paths.add(prefix + name)
+            else:
+                break
     return paths
 
 
 def test_the_tree_reader_reads_names_and_not_remarks() -> None:
-    drawn = """```
-README.md  Makefile   the map
+    drawn = """
+```bash
+make test
+```
+```
+README.md Makefile   the map
 difftune/
   cli.py        commands, exit codes
-  ops/          ROOM 1. Sees torch.nn only
+  ops/          torch.nn only
     sdpa.py flash.py
 ```"""
     assert tree_paths(drawn) == {
+        "Makefile",
         "README.md",
         "difftune",
         "difftune/cli.py",

@@ -50,18 +50,18 @@ def packed_batch(rows: Sequence[Sequence[Encoded]], seq_len: int, pad_id: int) -
     }
 
 
-def padded_batch(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
-    """Lay one document in each row, padded on the right to the longest.
+def padded_batch(rows: Sequence[Sequence[Encoded]], pad_id: int, width: int) -> Batch:
+    """Lay one document in each row, padded on the right.
 
     Args:
         rows: One document each. An empty row becomes a single padding token that counts as real, so that no
             row of attention is all masked; it has no label.
         pad_id: Token behind the document.
+        width: Tokens of a row, at least those of the longest document.
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `attention_mask` (1 = real), all int64 of shape [B, T].
     """
-    width = max([1, *(len(documents[0].ids) for documents in rows if documents)])
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)

@@ -100,13 +100,16 @@ class BatchStream(IterableDataset):
             if not batch:
                 return
             if number % step == first:
-                yield self._collate(batch[self._rank :: self._world_size])
+                yield self._collate(batch)
 
     def _collate(self, rows: list[tuple[Corpus, list[int]]]) -> Batch:
-        documents = [[corpus.document(index) for index in indices] for corpus, indices in rows] or [[]]
+        """This rank's share of a global micro-batch; all ranks get rows of one width."""
+        own = rows[self._rank :: self._world_size]
+        documents = [[corpus.document(index) for index in indices] for corpus, indices in own] or [[]]
         if self._rows.packing:
             return packed_batch(documents, self._seq_len, self._pad_id)
-        return padded_batch(documents, self._pad_id)
+        width = max(int(corpus.lengths[indices[0]]) for corpus, indices in rows)
+        return padded_batch(documents, self._pad_id, width)
 
 
 def interleave(iterators: list[Iterator[Any]]) -> Iterator[Any]:

@@ -42,9 +42,7 @@ class Throughput(Callback):
             self.peak_flops_per_s = peak_flops(pl_module.device, str(trainer.precision))
         self._watch(cast(FinetuneModule, pl_module), trainer.global_step)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
         """Count the pairs of positions that attend to each other; they depend on the documents."""
         if self.flops is not None and self.peak_flops_per_s is not None:
             self._attended = self._attended + attended_pairs(batch)
@@ -193,9 +191,7 @@ class RichProgress(ProgressBar):
             if is_log_step(trainer, step):
                 total = self._total(trainer)
                 place = f"{step}/{total}" if total else f"{step}"
-                self.console.print(
-                    f"{self.title} {place}  {self._status(trainer, pl_module)}", highlight=False
-                )
+                self.console.print(f"{self.title} {place}  {self._status(trainer, pl_module)}", highlight=False)
         elif now - self._drawn >= 0.5:
             self._drawn = now
             self._bar.update(
@@ -206,9 +202,7 @@ class RichProgress(ProgressBar):
         """Draw the last state and let go of the terminal."""
         if self._bar is not None:
             status = self._status(trainer, pl_module)
-            self._bar.update(
-                self._bar.task_ids[0], completed=trainer.global_step, status=status, refresh=True
-            )
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, status=status, refresh=True)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

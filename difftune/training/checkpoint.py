@@ -61,9 +61,7 @@ class Checkpointing(Checkpoint):
         best_mode: Literal["max", "min"] = "max",
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(
-                f"every_n_steps must be at least 1, or None for no regular ones, got {every_n_steps}"
-            )
+            raise ValueError(f"every_n_steps must be at least 1, or None for no regular ones, got {every_n_steps}")
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}: a run could not be resumed")
         if best_mode not in ("max", "min"):
@@ -131,9 +129,7 @@ class Checkpointing(Checkpoint):
         value = float(metrics[self.best_metric])
         if not trainer.strategy.broadcast(self._is_better(value)):
             return
-        assert self._stepped(trainer) or trainer.global_step == self.last_saved_step, (
-            "evaluated inside a window"
-        )
+        assert self._stepped(trainer) or trainer.global_step == self.last_saved_step, "evaluated inside a window"
         if self._save(trainer, last=False):
             self.best_value = value
             if trainer.is_global_zero:
@@ -159,9 +155,7 @@ class Checkpointing(Checkpoint):
         """Keep the random states for the first step."""
         self._rng = state_dict["rng"]
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A step that was saved needs no second save."""
         self.last_saved_step = checkpoint["global_step"]
 
@@ -250,9 +244,7 @@ class Checkpointing(Checkpoint):
                 aside = path.with_name(f"abandoned-{path.name}")
                 if aside.exists():
                     shutil.rmtree(aside)
-                log.warning(
-                    "%s is later than step %d, where this run starts: renamed to %s", path, step, aside.name
-                )
+                log.warning("%s is later than step %d, where this run starts: renamed to %s", path, step, aside.name)
                 os.replace(path, aside)
         link, record = self.directory / "best", self.directory / "best.json"
         if link.is_dir() and record.is_file():

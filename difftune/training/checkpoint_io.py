@@ -38,9 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ``weights_only=True``, so that a checkpoint from elsewhere cannot run code.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write ``checkpoint`` to the folder ``path``, replacing one that is there.
 
         Args:
@@ -113,9 +111,7 @@ class AtomicCheckpointIO(CheckpointIO):
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """The checkpoints ``step-*`` of a folder, oldest step first, good or damaged."""
     directory = Path(directory)
-    return sorted(
-        p for p in directory.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()
-    )
+    return sorted(p for p in directory.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
 
 
 def step_of(path: str | Path) -> int:
@@ -148,9 +144,7 @@ def find_resumable(directory: str | Path) -> Path | None:
             return path
         damaged.append(f"{path.name} ({reason})")
     if damaged:
-        raise ValueError(
-            f"{directory} has no usable checkpoint: {'; '.join(damaged)}; move it away to start anew"
-        )
+        raise ValueError(f"{directory} has no usable checkpoint: {'; '.join(damaged)}; move it away to start anew")
     return None
 
 

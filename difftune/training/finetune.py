@@ -133,9 +133,7 @@ class FinetuneModule(LightningModule):
                 "bf16-mixed, or a bfloat16 model (lambda stays in float32) with precision=32-true"
             )
         if trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm == "value":
-            raise ValueError(
-                "gradient_clip_algorithm=value is not supported: gradients are clipped by their norm"
-            )
+            raise ValueError("gradient_clip_algorithm=value is not supported: gradients are clipped by their norm")
         self.model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps that
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
@@ -184,9 +182,7 @@ class FinetuneModule(LightningModule):
             size = self.trainer.strategy.broadcast(batch["labels"].numel())
             self._loss_divisor = 2 ** int(math.log2(size))
         output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
-        self._window += torch.stack(
-            (output.loss_sum.detach().to(self._dtype), output.num_label_tokens.to(self._dtype))
-        )
+        self._window += torch.stack((output.loss_sum.detach().to(self._dtype), output.num_label_tokens.to(self._dtype)))
         self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
         return output.loss_sum / self._loss_divisor
 
@@ -205,9 +201,7 @@ class FinetuneModule(LightningModule):
             torch.distributed.all_reduce(self._window)
             self._window /= self.trainer.world_size
         loss_sum, labels = self._window.unbind()
-        gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         assert self._loss_divisor is not None
         norm = rescale_and_clip_(gradients, self._loss_divisor / labels, gradient_clip_val)
         bad = ~(norm.isfinite() & loss_sum.isfinite() & (labels > 0))
@@ -220,20 +214,13 @@ class FinetuneModule(LightningModule):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad:
             optimizer.zero_grad()
-            if (
-                self._scaler is not None
-                and loss_sum.isfinite()
-                and labels > 0
-                and self._scaler.get_scale() > 1
-            ):
+            if self._scaler is not None and loss_sum.isfinite() and labels > 0 and self._scaler.get_scale() > 1:
                 return
         skipped, in_a_row, label_tokens = self._counters.unbind()
         learned = torch.where(bad, 0, labels.long())
         self._counters = torch.stack((skipped + bad, (in_a_row + 1) * bad, label_tokens + learned))
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, free the gradients at once, and report."""
         optimizer.step(closure=optimizer_closure)
         # Lightning would hold them until after the next forward.

@@ -64,8 +64,6 @@ class ModelFlops:
     def of_training(self, tokens: float, label_tokens: float, attended_pairs: float) -> float:
         """FLOP of forward and backward over so many positions, label tokens and attended pairs."""
         forward = (
-            self.per_token * tokens
-            + self.per_label_token * label_tokens
-            + self.per_attended_pair * attended_pairs
+            self.per_token * tokens + self.per_label_token * label_tokens + self.per_attended_pair * attended_pairs
         )
         return 3.0 * forward

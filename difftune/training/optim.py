@@ -74,9 +74,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused and devices <= _FUSED_DEVICES)
 
 
-def lr_factor(
-    step: int, *, warmup_steps: int, total_steps: float, schedule: Schedule, min_lr_ratio: float
-) -> float:
+def lr_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: Schedule, min_lr_ratio: float) -> float:
     """Learning rate of an optimiser step as a share of the peak.
 
     ``(step + 1) / warmup_steps`` during the warm-up, then from 1 at ``warmup_steps`` to ``min_lr_ratio`` at

@@ -45,7 +45,7 @@ def test_types_are_those_the_model_takes():
 
 
 def test_padded_rows_hold_one_document_on_the_left():
-    batch = padded_batch([[A], [B]], pad_id=PAD)
+    batch = padded_batch([[A], [B]], pad_id=PAD, width=max(len(A.ids), len(B.ids)))
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, PAD]]
     assert batch["labels"].tolist() == [[-100, -100, 3], [-100, 5, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -54,6 +54,6 @@ def test_padded_rows_hold_one_document_on_the_left():
 
 
 def test_padded_row_without_a_document_is_not_all_masked():
-    batch = padded_batch([[]], pad_id=PAD)
+    batch = padded_batch([[]], pad_id=PAD, width=1)
     assert batch["attention_mask"].tolist() == [[1]]
     assert batch["labels"].tolist() == [[-100]]

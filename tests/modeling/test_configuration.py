@@ -62,7 +62,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         ({"attention": "diff"}, "attention='diff' is unknown, choose one of diff_v1, diff_v2, softmax"),
         ({"subln": "layer"}, "subln='layer' is unknown, choose one of affine, plain, none"),
         ({"hidden_act": "swish2"}, "hidden_act='swish2' is unknown, choose one of"),
-        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is unknown, choose one of"),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            "rope_type='spiral' is unknown, choose one of",
+        ),
         ({"head_dim": 7}, r"head_dim \(7\) must be even"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
     ],

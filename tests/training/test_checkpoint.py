@@ -12,9 +12,7 @@ from difftune.training.loggers import MetricsLogger
 from tests.training.toy import Recorder, ToyData, build_module, build_trainer, parameters
 
 
-def fit(
-    folder=None, *, steps=20, ckpt_path=None, accumulate=2, callbacks=(), data=None, logger=False, **settings
-):
+def fit(folder=None, *, steps=20, ckpt_path=None, accumulate=2, callbacks=(), data=None, logger=False, **settings):
     """Train the toy; checkpoints, if a folder is given, every 4 steps and as ``settings`` say."""
     names = ("every_n_steps", "keep_last", "best_metric", "best_mode")
     saving = {"every_n_steps": 4, **{name: settings.pop(name) for name in names if name in settings}}
@@ -190,9 +188,7 @@ def best_of(folder):
 
 def test_the_best_checkpoint_has_the_weights_that_were_evaluated(tmp_path):
     values = {0: 0.95, 3: 0.2, 5: 0.7, 7: float("nan"), 9: 0.7, 13: 0.4}
-    _, recorder, _ = fit(
-        tmp_path, steps=14, callbacks=[Evaluate(values)], best_metric="eval/acc", keep_last=1
-    )
+    _, recorder, _ = fit(tmp_path, steps=14, callbacks=[Evaluate(values)], best_metric="eval/acc", keep_last=1)
     assert best_of(tmp_path) == (5, 0.7)
     # Step 3 was best once and is gone; regular and last ones are kept as ever.
     assert names(tmp_path) == ["best", "best.json", "step-00000005", "step-00000014"]
@@ -266,9 +262,7 @@ def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
 def test_metrics_of_an_interrupted_run_have_each_step_once(tmp_path):
     def lines(folder):
         parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [
-            (x["step"], x["tokens"], x["name"], x["value"]) for x in parsed if x["name"].startswith("train/")
-        ]
+        return [(x["step"], x["tokens"], x["name"], x["value"]) for x in parsed if x["name"].startswith("train/")]
 
     def run(folder, resume=None, stop=()):
         step = None if resume is None else int(resume.name[-8:])
@@ -286,9 +280,7 @@ def test_metrics_of_an_interrupted_run_have_each_step_once(tmp_path):
     with pytest.raises(KeyError):
         run(tmp_path / "b", stop=[Crash()])
     newest = list_checkpoints(tmp_path / "b" / "ckpt")[-1]
-    AtomicCheckpointIO().remove_checkpoint(
-        newest
-    )  # so that step 15 is logged already when it is trained again
+    AtomicCheckpointIO().remove_checkpoint(newest)  # so that step 15 is logged already when it is trained again
     assert newest.name == "step-00000016"
     run(tmp_path / "b", resume=find_resumable(tmp_path / "b" / "ckpt"))
     assert lines(tmp_path / "a") == lines(tmp_path / "b")

@@ -122,9 +122,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(where, tmp_path,
             def write(self, data):
                 return full() if next(calls) > 3 else len(data)
 
-        monkeypatch.setattr(
-            checkpoint_io._HashingFile, "__init__", lambda self, file: original(self, FullDisk())
-        )
+        monkeypatch.setattr(checkpoint_io._HashingFile, "__init__", lambda self, file: original(self, FullDisk()))
     elif where == "fsync":
         monkeypatch.setattr(checkpoint_io.os, "fsync", full)
     else:

@@ -165,9 +165,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run():
     module = build_module(max_nonfinite_steps=3)
     poison(module, {1, 3, 4, 6, 7, 8})
     trainer = build_trainer(max_steps=20)
-    with pytest.raises(
-        RuntimeError, match=r"max_nonfinite_steps=3.*by optimiser step 9, 6 were skipped, 3 of"
-    ):
+    with pytest.raises(RuntimeError, match=r"max_nonfinite_steps=3.*by optimiser step 9, 6 were skipped, 3 of"):
         trainer.fit(module, ToyData())
 
 
