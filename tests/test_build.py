@@ -5,6 +5,7 @@ from difftune.build import build_data, build_model, build_module, build_tokenize
 from difftune.config import load_config
 from tests.conftest import ROOT
 
+EPOCHS = ("trainer.max_epochs=3", "data.packing=false", "data.micro_batch_size=16")
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 
@@ -49,10 +50,10 @@ def test_a_loaded_model_takes_another_context(tmp_path):
     [
         (["trainer.max_steps=7"], 7),
         (
-            ["trainer.max_steps=-1", "trainer.max_epochs=3", "data.packing=false", "trainer.accumulate_grad_batches=2"],
+            ["trainer.max_steps=-1", *EPOCHS, "trainer.accumulate_grad_batches=2"],
             10,
         ),
-        (["trainer.max_steps=4", "trainer.max_epochs=3", "data.packing=false"], 4),
+        (["trainer.max_steps=4", *EPOCHS], 4),
     ],
 )
 def test_the_schedule_ends_with_the_limit_that_comes_first(overrides, expected):

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 
 from difftune.modeling.configuration import DiffTransformerConfig
 from difftune.modeling.lambdas import LambdaV1, LambdaV2, lambda_init_at
-from difftune.modeling.layers import RMSNorm, SubLayerNorm, rotate
-from difftune.ops import Documents, diff_attention, softmax_attention
+from difftune.modeling.layers import RMSNorm, SubLayerNorm
+from difftune.ops import Documents, diff_attention, rotate, softmax_attention
 
 
 class AttentionContext(NamedTuple):
@@ -83,8 +83,8 @@ class DiffAttentionV1(Attention):
         q_BTHPD = self._pair(self.q1_proj(x), self.q2_proj(x))
         k_BTGPD = self._pair(self.k1_proj(x), self.k2_proj(x))
         v_BTGE = self.v_proj(x).unflatten(-1, (self.num_kv_groups, self.value_head_dim))
-        q_BTHPD = rotate(self.q_norm(q_BTHPD), context.rotary)
-        k_BTGPD = rotate(self.k_norm(k_BTGPD), context.rotary)
+        q_BTHPD = rotate(self.q_norm(q_BTHPD), *context.rotary)
+        k_BTGPD = rotate(self.k_norm(k_BTGPD), *context.rotary)
         # The cache holds K1 and K2 of a group side by side: as wide as V, so that every kind of cache takes both.
         k_BSGC, v_BSGE = self._cached(k_BTGPD.flatten(3), v_BTGE, context.cache)
         out_BTHE = diff_attention(
@@ -117,8 +117,8 @@ class DiffAttentionV2(Attention):
         q_BTHPD = torch.stack([p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q1_proj, self.q2_proj)], dim=3)
         k_BTGD = self.k_proj(x).unflatten(-1, (self.num_kv_groups, self.head_dim))
         v_BTGE = self.v_proj(x).unflatten(-1, (self.num_kv_groups, self.value_head_dim))
-        q_BTHPD = rotate(self.q_norm(q_BTHPD), context.rotary)
-        k_BSGD, v_BSGE = self._cached(rotate(self.k_norm(k_BTGD), context.rotary), v_BTGE, context.cache)
+        q_BTHPD = rotate(self.q_norm(q_BTHPD), *context.rotary)
+        k_BSGD, v_BSGE = self._cached(rotate(self.k_norm(k_BTGD), *context.rotary), v_BTGE, context.cache)
         out_BTHE = diff_attention(
             q_BTHPD,
             k_BSGD.unsqueeze(3),
@@ -144,9 +144,9 @@ class SoftmaxAttention(Attention):
         q_BTND = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k_BTMD = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_groups, self.head_dim)))
         v_BTMD = self.v_proj(x).unflatten(-1, (self.num_kv_groups, self.value_head_dim))
-        k_BSMD, v_BSMD = self._cached(rotate(k_BTMD, context.rotary), v_BTMD, context.cache)
+        k_BSMD, v_BSMD = self._cached(rotate(k_BTMD, *context.rotary), v_BTMD, context.cache)
         out_BTND = softmax_attention(
-            rotate(q_BTND, context.rotary),
+            rotate(q_BTND, *context.rotary),
             k_BSMD,
             v_BSMD,
             key_padding_mask=context.key_padding_mask,

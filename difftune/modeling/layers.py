@@ -1,14 +1,14 @@
-"""The parts of a block that are not attention: norms, rotation, gated unit."""
+"""The parts of a block that are not attention: norms, cosines and sines, gated unit."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from difftune.modeling.configuration import DiffTransformerConfig
+from difftune.ops import rms_norm
 
 
 def build_rotary(config: DiffTransformerConfig) -> nn.Module:
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as ``x``."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
         """Size and epsilon, for ``print(model)``."""
@@ -66,7 +66,7 @@ class SubLayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as ``x``."""
         weight = x.new_full((self.size,), self.scale) if self.weight is None else self.scale * self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.size,), weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
     def extra_repr(self) -> str:
         """Size, epsilon, scale and kind, for ``print(model)``."""
@@ -89,23 +89,3 @@ class SwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape ``(..., C)`` to ``(..., C)``."""
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding, halves turned against one another (Llama's convention).
-
-    Args:
-        x: Heads, shape ``(B, T, ..., D)``.
-        rotary: Cosines and sines, each ``(B or 1, T, D)``, of which the two halves are equal.
-
-    Returns:
-        Same shape and dtype as ``x``.
-
-    Source:
-        Su et al., "RoFormer", arXiv:2104.09864, Eq. (34), with the pairs (i, i + D/2).
-    """
-    half = x.shape[-1] // 2
-    shape = (*rotary[0].shape[:2], *(1,) * (x.ndim - 3), half)
-    cos, sin = (part[..., :half].view(shape) for part in rotary)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -96,7 +96,7 @@ def diff_attention(
         positive, negative = both.unbind(3)
     else:
         positive, negative = (attend(q[..., p, :], k[..., p, :], v, **options) for p in (0, 1))
-    return positive - lam.to(positive.dtype)[..., None] * negative
+    return torch.addcmul(positive, negative, -lam.to(positive.dtype)[..., None])
 
 
 def softmax_attention(
