@@ -32,6 +32,9 @@ class Result(Protocol):
     def metrics(self) -> dict[str, float]:
         """The figures to log, by name."""
 
+    def __str__(self) -> str:
+        """What a reader of the terminal wants to know, in one line."""
+
 
 class Task(Protocol):
     """Something that can be evaluated, such as `difftune.evaluation.math.MathTask`."""
@@ -252,7 +255,7 @@ def _gather(trainer: Trainer, samples: list[Any], stopped: bool) -> tuple[list[A
 
 
 def _report(name: str, step: int, result: Result, figures: dict[str, float], time_limit_s: float | None) -> None:
-    log.info("step %d, %s: %s", step, name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    log.info("step %d, %s: %s, %.1f s", step, name, result, figures["seconds"])
     if not result.complete:
         log.warning(
             "evaluation of %s at step %d is not complete after %s s, and is left out of the choice of the best "

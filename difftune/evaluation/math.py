@@ -100,6 +100,14 @@ class MathResult:
             "n": float(self.n),
         }
 
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        low, high = self.interval
+        parts = [f"accuracy {self.accuracy:.3f} ({low:.3f} to {high:.3f}) on {self.n} problems"]
+        parts += [f"{self.truncated:.1%} truncated"] if self.truncated else []
+        parts += [f"{self.unparsed:.1%} without an answer"] if self.unparsed else []
+        return ", ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the samples, ready for JSON: None stands for NaN."""
         names = ("accuracy", "interval", "n", "skipped", "truncated", "unparsed", "mean_length", "verdicts")
