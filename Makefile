@@ -49,6 +49,8 @@ gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.packed_attention
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.train
 

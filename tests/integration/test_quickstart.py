@@ -36,12 +36,12 @@ def test_plain_transformers_solves_a_problem_with_the_export():
     step = max(int(path.stem.removeprefix("traces-")) for path in (RUN / "samples").glob("traces-*.jsonl"))
     samples = [json.loads(line) for line in (RUN / "samples" / f"traces-{step}.jsonl").read_text().splitlines()]
     solved = next(sample for sample in samples if sample["verdict"] == "correct")
-    code = f"""
+    code = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, question = sys.argv[1:]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-chat = [{{"role": "user", "content": question}}]
+chat = [{"role": "user", "content": question}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 assert not any(name.split(".")[0] == "difftune" for name in sys.modules)
