@@ -1,4 +1,4 @@
-"""Accuracies of a run as a table: before training and after each stage."""
+"""Accuracies of a run as a table, before training and after each stage, and how long the training took."""
 
 from __future__ import annotations
 
@@ -41,12 +41,31 @@ def accuracies(run_dir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def training_minutes(run_dir: str | Path) -> dict[str, float]:
+    """Minutes of training by stage, without evaluation and saving: step times as logged, summed over the steps."""
+    minutes: dict[str, float] = {}
+    last: dict[str, int] = {}
+    for line in read_metrics(run_dir):
+        if line["name"] == "perf/step_time_s":
+            stage, step = line["stage"], line["step"]
+            minutes[stage] = minutes.get(stage, 0.0) + line["value"] * (step - last.get(stage, 0)) / 60
+            last[stage] = step
+    return minutes
+
+
 def accuracy_table(run_dir: str | Path) -> Table | None:
     """The table that ends a run; None where nothing was evaluated."""
     rows = accuracies(run_dir)
     if not rows:
         return None
-    table = Table(title="accuracy on held-out problems", title_justify="left")
+    minutes = training_minutes(run_dir)
+    times = ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items())
+    table = Table(
+        title="accuracy on held-out problems",
+        title_justify="left",
+        caption=f"minutes of training: {sum(minutes.values()):.1f} ({times})" if minutes else None,
+        caption_justify="left",
+    )
     for column in ("", "task", "step", "accuracy", "95% interval", "n"):
         table.add_column(column, justify="left" if column in ("", "task") else "right")
     for row in rows:

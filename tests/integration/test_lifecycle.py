@@ -13,7 +13,7 @@ import torch
 from difftune.checkpoints.load import load_model
 from tests.conftest import ROOT, shared_data
 
-RUN = (sys.executable, "-c", "import sys; from difftune.cli import main; sys.exit(main())")
+RUN = (sys.executable, str(ROOT / "cli.py"))
 STAGES = (
     "trainer.max_steps=40",
     "optim.warmup_steps=2",
@@ -77,6 +77,24 @@ def test_a_signalled_run_goes_on_as_if_nothing_had_happened(tmp_path, number):
     expected, actual = (load_model(folder / "export") for folder in (tmp_path / "straight", killed))
     for (name, weight), other in zip(expected.named_parameters(), actual.parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_in_both_stages(tmp_path):
+    recipe = ("fit", "--config", "recipes/quickstart.yaml", *STAGES, "trainer.max_steps=5", "evaluation.tasks=[]")
+    recipe = (*recipe, "evaluation.every_fraction=null", "export=null", "data.packing=false")
+    for name, options in (
+        ("one", ["data.micro_batch_size=8"]),
+        ("two", ["data.micro_batch_size=4", "trainer.devices=2"]),
+    ):
+        code, shown = difftune(*recipe, f"run_dir={tmp_path / name}", *options)
+        assert code == 0, shown
+    for stage in ("answers", "traces"):
+        one, two = (metric(tmp_path / name, "train/loss", stage) for name in ("one", "two"))
+        assert list(one) == list(two) == [1, 2, 3, 4, 5]
+        assert [two[step] for step in two] == pytest.approx([one[step] for step in one], rel=1e-5)
+        labels = [metric(tmp_path / name, "train/label_tokens", stage) for name in ("one", "two")]
+        assert labels[0] == labels[1]
 
 
 @pytest.mark.slow

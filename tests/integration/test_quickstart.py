@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from difftune.report.summary import accuracies, read_metrics
+from difftune.report.summary import accuracies
 from tests.conftest import ROOT
 
 RUN = ROOT / "runs" / "quickstart"
@@ -19,16 +19,6 @@ def test_traces_teach_what_answers_alone_do_not():
     assert (before["when"], answers["when"], traces["when"]) == ("before training", "after answers", "after traces")
     assert before["accuracy"] <= 0.05 and traces["n"] == 200
     assert traces["accuracy"] >= 0.90 and traces["accuracy_low"] > answers["accuracy_high"]
-
-
-def test_training_takes_at_most_eight_minutes():
-    lines = read_metrics(RUN)
-    seconds = sum(
-        max(times) - min(times)
-        for stage in ("answers", "traces")
-        for times in [[line["time"] for line in lines if line["stage"] == stage]]
-    )
-    assert 0 < seconds <= 8 * 60
 
 
 def test_plain_transformers_solves_a_problem_with_the_export():

@@ -2,7 +2,7 @@ import json
 
 from rich.console import Console
 
-from difftune.report.summary import accuracies, accuracy_table
+from difftune.report.summary import accuracies, accuracy_table, training_minutes
 
 
 def write(run_dir, *entries):
@@ -32,3 +32,10 @@ def test_the_table_shows_accuracy_and_interval(tmp_path):
 def test_a_run_without_evaluations_has_no_table(tmp_path):
     write(tmp_path)
     assert accuracy_table(tmp_path) is None and accuracy_table(tmp_path / "absent") is None
+
+
+def test_minutes_of_training_are_step_times_summed_over_the_steps(tmp_path):
+    logged = [("a", 1, 6.0), ("a", 11, 3.0), ("b", 20, 6.0)]
+    lines = [{"stage": a, "step": b, "name": "perf/step_time_s", "value": c} for a, b, c in logged]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert training_minutes(tmp_path) == {"a": (1 * 6.0 + 10 * 3.0) / 60, "b": 2.0}
