@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from difftune.data.datamodule import SFTDataModule
 from difftune.environment import total_memory_bytes
+from difftune.evaluation.math import MathTask
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.callbacks import peak_memory_gib
 from difftune.training.finetune import FinetuneModule
@@ -39,13 +41,16 @@ def report_size(console: Console, config: DiffTransformerConfig, dtype: torch.dt
     return needed > 0.8 * available
 
 
-def dry_run_stage(console: Console, name: str, data: SFTDataModule, module: FinetuneModule) -> None:
+def dry_run_stage(
+    console: Console, name: str, data: SFTDataModule, module: FinetuneModule, tasks: Sequence[MathTask]
+) -> None:
     """Print the statistics and one sample of a stage's data, then take one optimiser step on one micro-batch.
 
     Args:
         console: Where to.
         name: Of the stage.
         data: The stage's data.
+        tasks: The stage's evaluation, of which the sizes are shown.
         module: The stage's module; if its model is on the meta device, for being too large, no step is taken.
     """
     console.rule(f"stage {name}", align="left")
@@ -57,6 +62,8 @@ def dry_run_stage(console: Console, name: str, data: SFTDataModule, module: Fine
     console.print(text[:SAMPLE_CHARACTERS])
     if len(text) > SAMPLE_CHARACTERS:
         console.print(f"(and {len(text) - SAMPLE_CHARACTERS:,} characters more)", highlight=False)
+    for task in tasks:
+        console.print(f"\nevaluation {task.name}: {len(task.problems)} problems", highlight=False)
     if next(module.model.parameters()).is_meta:
         console.print(
             "\n[yellow]No step was taken: the model does not fit this machine. Everything else was built.[/] "

@@ -236,7 +236,7 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     model = build_model(config.model, tokenizer, config.seed, device="meta" if too_large else "cpu")
     for stage in config.resolved_stages():
         data = build_data(stage, tokenizer, cache_dir=None)
-        dry_run_stage(console, stage.name, data, build_module(stage, model, data))
+        dry_run_stage(console, stage.name, data, build_module(stage, model, data), build_tasks(stage.evaluation))
 
 
 def _load_for_inference(

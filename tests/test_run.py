@@ -146,9 +146,54 @@ def test_dry_run_of_a_model_that_cannot_fit_takes_no_step_and_says_so(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["diff_v2", "softmax"])
-def test_the_quickstart_runs_with_the_other_kinds(tmp_path, kind):
-    assert run.fit(config_of(tmp_path, f"model.attention={kind}", "trainer.max_steps=2")) == 0
+def test_the_quickstart_runs_and_learns_with_the_other_kinds(tmp_path, kind):
+    assert run.fit(config_of(tmp_path, f"model.attention={kind}", "trainer.max_steps=30")) == 0
     assert load_model(tmp_path / "export").config.attention == kind
+    losses = {line["stage"]: [] for line in metrics_of(tmp_path)}
+    for line in metrics_of(tmp_path):
+        if line["name"] == "train/loss":
+            losses[line["stage"]].append(line["value"])
+    assert all(of_stage[-1] < 0.7 * of_stage[0] for of_stage in losses.values()), losses
+
+
+@pytest.mark.parametrize("name", ["math_stage1", "math_stage2"])
+def test_the_papers_recipes_dry_run_on_local_files(name, tmp_path, capsys):
+    rows = [
+        {"problem": f"Compute {i}+1.", "generated_solution": f"It is {i + 1}.", "expected_answer": str(i + 1)}
+        for i in range(40)
+    ]
+    if name == "math_stage2":
+        trace = (
+            "<|begin_of_thought|>\n\n{0}\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n{0}\n\n<|end_of_solution|>"
+        )
+        rows = [
+            {
+                "conversations": [
+                    {"from": "user", "value": row["problem"]},
+                    {"from": "assistant", "value": trace.format(row["generated_solution"])},
+                ],
+                "correct": i % 4 > 0,
+                "solution": "reference",
+            }
+            for i, row in enumerate(rows)
+        ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
+    small = ("num_hidden_layers=2", "hidden_size=64", "intermediate_size=64", "num_attention_heads=4", "head_dim=16")
+    overrides = [
+        *(f"model.{key}" for key in (*small, "num_key_value_heads=4", "vocab_size=null", "path=null")),
+        "tokenizer=bytes",
+        "data.seq_len=512",
+        "data.micro_batch_size=1",
+        f"data.train=[{{path: {tmp_path / 'train.jsonl'}}}]",
+        f"evaluation.tasks=[{{path: {tmp_path / 'test.jsonl'}, name: gsm8k}}]",
+    ]
+    config = load_config(ROOT / "recipes" / f"{name}.yaml", overrides)
+    assert run.fit(config, dry_run=True) == 0
+    shown = capsys.readouterr().out
+    assert "one step on one micro-batch: loss" in shown and "evaluation gsm8k: 1 problems" in shown
+    if name == "math_stage2":
+        assert "<think>" in shown and "reference" not in shown and "answer not verified as correct  10" in shown
 
 
 def test_evaluate_prints_and_writes_figures_with_an_interval(finished, tmp_path, capsys):

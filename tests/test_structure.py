@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "report": set(),
     **{name: CONFIG for name in CONFIG},
     # What run.py is made of: these, and the command line, are all that may see a config.
-    "dry_run": {"environment", "data", "modeling", "training"},
+    "dry_run": {"environment", "data", "evaluation", "modeling", "training"},
     "run_folder": {"environment", "training"},
     "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
     "run": {

@@ -140,9 +140,24 @@ def test_real_mathematics_end_to_end(tmp_path):
             ("fit", "--config", "recipes/quickstart.yaml", "data.train.*.path=missing.jsonl", "run_dir={tmp}"),
             "missing.jsonl",
         ),
+        (
+            ("fit", "--config", "recipes/quickstart.yaml", "model.num_attention_heads=256"),
+            "must be a multiple of num_attention_heads (256)",
+        ),
+        (
+            (
+                "fit",
+                "--config",
+                "recipes/quickstart.yaml",
+                "model.attention_backend=flash",
+                *STAGES,
+                "run_dir={tmp}/run",
+            ),
+            "needs flash-attn, which is not installed",
+        ),
         (("evaluate", "--model", "{tmp}/nowhere", "--data", "synthetic:arithmetic"), "nowhere"),
     ],
-    ids=["misspelt-key", "missing-data", "missing-model"],
+    ids=["misspelt-key", "missing-data", "heads-that-do-not-fit", "no-flash-attn", "missing-model"],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(arguments, message, tmp_path):
     code, shown = difftune(

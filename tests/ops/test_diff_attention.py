@@ -42,7 +42,7 @@ def sums_of_absolute_terms(maps, q, k, v, weights, cotangent):
     return {"dq": dq.max().item(), "dk": dk.max().item(), "dlam": (maps * dP).sum().item()}
 
 
-def check(inputs, backend, **masks):
+def assert_equals_the_equation(inputs, backend, **masks):
     """Output and every gradient of a backend against the equation in float64, under a random cotangent."""
 
     def run(tensors, name):
@@ -78,7 +78,7 @@ def check(inputs, backend, **masks):
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sdpa_equals_the_equation(shape, kind, lam, dtype):
-    check(make_inputs(shape, kind, lam, dtype), "sdpa")
+    assert_equals_the_equation(make_inputs(shape, kind, lam, dtype), "sdpa")
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -86,7 +86,7 @@ def test_sdpa_equals_the_equation(shape, kind, lam, dtype):
 def test_packed_documents_equal_the_equation(kind, causal):
     inputs = make_inputs((2, 70, 70, 4, 2, 16), kind, "token", torch.float32)
     cu_seqlens = torch.tensor([0, 1, 30, 64, 70, 71, 135, 140])
-    check(inputs, "sdpa", cu_seqlens=cu_seqlens, causal=causal)
+    assert_equals_the_equation(inputs, "sdpa", cu_seqlens=cu_seqlens, causal=causal)
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -95,7 +95,7 @@ def test_packed_documents_equal_the_equation(kind, causal):
 def test_key_padding_equals_the_equation(kind, side, queries):
     inputs = make_inputs((3, queries, 20, 4, 2, 16), kind, "head", torch.float32)
     mask = torch.arange(20) < torch.tensor([20, 13, 1])[:, None]
-    check(inputs, "sdpa", key_padding_mask=mask.flip(1) if side == "left" else mask)
+    assert_equals_the_equation(inputs, "sdpa", key_padding_mask=mask.flip(1) if side == "left" else mask)
 
 
 def test_a_planted_error_of_one_percent_is_caught():
