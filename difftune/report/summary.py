@@ -10,11 +10,15 @@ from rich.table import Table
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, each with step, tokens, name, value, stage and time."""
+    """The lines of a run's ``metrics.jsonl``, each with step, tokens, name, value, stage and time.
+
+    A last line without its end, in a run that is being written, is left for the next look.
+    """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def accuracies(run_dir: str | Path) -> list[dict[str, Any]]:

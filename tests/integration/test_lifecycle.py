@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from difftune.checkpoints.load import load_model
+from difftune.report.summary import read_metrics
 from tests.conftest import ROOT, shared_data
 
 RUN = (sys.executable, str(ROOT / "cli.py"))
@@ -44,9 +45,9 @@ def difftune(*arguments, wait=True):
 
 
 def metric(run_dir, name, stage):
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {line["step"]: line["value"] for line in lines if (line["name"], line["stage"]) == (name, stage)}
+    return {
+        line["step"]: line["value"] for line in read_metrics(run_dir) if (line["name"], line["stage"]) == (name, stage)
+    }
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@ import json
 
 from rich.console import Console
 
-from difftune.report.summary import accuracies, accuracy_table, training_minutes
+from difftune.report.summary import accuracies, accuracy_table, read_metrics, training_minutes
 
 
 def write(run_dir, *entries):
@@ -39,3 +39,8 @@ def test_minutes_of_training_are_step_times_summed_over_the_steps(tmp_path):
     lines = [{"stage": a, "step": b, "name": "perf/step_time_s", "value": c} for a, b, c in logged]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert training_minutes(tmp_path) == {"a": (1 * 6.0 + 10 * 3.0) / 60, "b": 2.0}
+
+
+def test_half_a_line_of_a_run_in_progress_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"name": "a"}\n{"name": ')
+    assert read_metrics(tmp_path) == [{"name": "a"}]
