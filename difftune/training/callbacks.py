@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from difftune.training.finetune import FinetuneModule
 from difftune.training.flops import ModelFlops, peak_flops
@@ -172,7 +172,6 @@ class RichProgress(ProgressBar):
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
                 console=self.console,
                 auto_refresh=False,
             )
