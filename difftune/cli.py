@@ -1,4 +1,4 @@
-"""The command line: `difftune fit|evaluate|generate|export`. Imports no torch until a command runs.
+"""The command line: `difftune fit|evaluate|generate|export|convert`. Imports no torch until a command runs.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
@@ -14,122 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from difftune import __version__
-
-
-@dataclass(frozen=True)
-class Option:
-    """A `--name` of some commands; most are short for a recipe key."""
-
-    name: str
-    help: str
-    metavar: str | None = None
-    """None: a flag."""
-    key: str | None = None
-    """The recipe key that it sets."""
-    is_text: bool = False
-    """The value is text as it stands, not YAML."""
-    repeatable: bool = False
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand: what it does, its options, examples to copy."""
-
-    summary: str
-    about: str
-    options: tuple[Option, ...]
-    examples: str
-
-
-_COMMON = (
-    Option("config", "recipe to start from (a YAML file)", "FILE", is_text=True),
-    Option("print-config", "show the resolved recipe and stop"),
-    Option("debug", "show the traceback of every error"),
-    Option("help", "show this text"),
-)
-_MODEL = Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True)
-_DEVICE = Option("device", "cpu, cuda or auto", "NAME", "trainer.accelerator")
-_DTYPE = Option("dtype", "float32, bfloat16 or float16", "NAME", "model.dtype")
-_DECODING = (
-    Option("temperature", "0 (the default) is greedy", "T", "evaluation.temperature"),
-    Option("top-p", "sample from this share of the probability", "P", "evaluation.top_p"),
-    Option("seed", "of sampling and subsets", "N", "evaluation.seed"),
-)
-
-COMMANDS = {
-    "fit": Command(
-        summary="train a model, one or several stages, from a recipe",
-        about="Trains what the recipe describes and writes a run folder (run_dir). Called again, it goes on from the\n"
-        "newest checkpoint there.",
-        options=(
-            Option("dry-run", "build everything, take one step, show memory and one decoded sample; write nothing"),
-            Option("list-keys", "show every key of a recipe with its meaning and default"),
-        ),
-        examples="""
-  difftune fit --config recipes/quickstart.yaml
-  difftune fit --config recipes/quickstart.yaml optim.lr=1e-3 trainer.max_steps=100
-  difftune fit --config recipes/quickstart.yaml stages.traces.trainer.max_steps=50   (one stage only)
-  difftune fit --config recipes/gsm8k_small.yaml 'data.train=[{path: my.jsonl}]' --dry-run""",
-    ),
-    "evaluate": Command(
-        summary="solve problems with a model and grade the answers",
-        about="Generates an answer for every problem, grades it, and reports the accuracy with a 95% interval.",
-        options=(
-            _MODEL,
-            Option(
-                "data",
-                "problems (.jsonl or synthetic:arithmetic); can be repeated",
-                "FILE",
-                is_text=True,
-                repeatable=True,
-            ),
-            Option("limit", "a random subset of this size, of each file", "N", "evaluation.tasks.*.limit"),
-            Option("max-new-tokens", "longest answer", "N", "evaluation.tasks.*.max_new_tokens"),
-            Option("batch-size", "prompts decoded together", "N", "evaluation.batch_size"),
-            Option("num-samples", "answers a problem (needs a temperature)", "N", "evaluation.num_samples"),
-            *_DECODING,
-            _DEVICE,
-            _DTYPE,
-            Option("out", "folder for the samples and results", "DIR", is_text=True),
-        ),
-        examples="""
-  difftune evaluate --model runs/quickstart/export --data synthetic:arithmetic --limit 200
-  difftune evaluate --model DIR --data gsm8k.jsonl --data math.jsonl --max-new-tokens 1024 --out results
-  difftune evaluate --model DIR --config recipes/quickstart.yaml evaluation.batch_size=64""",
-    ),
-    "generate": Command(
-        summary="continue prompts with a model",
-        about="Prints what the model answers to each prompt, rendered with its chat template.",
-        options=(
-            _MODEL,
-            Option("prompt", "text; can be repeated; - reads standard input", "TEXT", is_text=True, repeatable=True),
-            Option("max-new-tokens", "longest answer", "N", "evaluation.max_new_tokens"),
-            *_DECODING,
-            _DEVICE,
-            _DTYPE,
-        ),
-        examples="""
-  difftune generate --model runs/quickstart/export --prompt '3+15-7'
-  difftune generate --model DIR --prompt 'Compute 12*12.' --temperature 0.6 --max-new-tokens 200""",
-    ),
-    "export": Command(
-        summary="write a model in a format that others load",
-        about="Writes the folder, loads it back and compares its logits before calling it done.",
-        options=(
-            _MODEL,
-            Option(
-                "format",
-                "diffllama (loads in plain transformers; diff_v1 only), difftune or auto",
-                "NAME",
-                "export.format",
-            ),
-            Option("out", "folder to write", "DIR", is_text=True),
-            _DTYPE,
-        ),
-        examples="""
-  difftune export --model runs/quickstart/checkpoints/traces/step-00002400 --format diffllama --out my-model""",
-    ),
-}
+from difftune.cli_commands import COMMANDS, COMMON, command_help, help_text
 
 
 @dataclass
@@ -140,6 +25,7 @@ class Invocation:
     flags: set[str] = field(default_factory=set)
     values: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
+    operand: str | None = None
 
 
 class UsageError(ValueError):
@@ -186,7 +72,7 @@ def parse(arguments: Sequence[str]) -> Invocation:
         UsageError: If one is unknown, incomplete, or not of this command.
     """
     found = Invocation()
-    options = {option.name: option for command in COMMANDS.values() for option in (*command.options, *_COMMON)}
+    options = {option.name: option for command in COMMANDS.values() for option in (*command.options, *COMMON)}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -214,6 +100,8 @@ def parse(arguments: Sequence[str]) -> Invocation:
             raise UsageError(f"a recipe goes after --config: --config {argument}")
         elif found.command is None:
             found.command = argument
+        elif found.operand is None and found.command in COMMANDS and COMMANDS[found.command].operand:
+            found.operand = argument
         else:
             raise UsageError(f"unexpected argument {argument!r}; to set a recipe key, write KEY=VALUE")
     _check(found)
@@ -228,7 +116,7 @@ def _check(found: Invocation) -> None:
     if found.command not in COMMANDS:
         hint = _nearest(found.command, COMMANDS, "") or f"; one of {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command '{found.command}'{hint}")
-    own = {option.name for option in (*COMMANDS[found.command].options, *_COMMON)} | {"version"}
+    own = {option.name for option in (*COMMANDS[found.command].options, *COMMON)} | {"version"}
     for name in [*found.flags, *found.values]:
         if name not in own:
             owners = [key for key, command in COMMANDS.items() if name in {o.name for o in command.options}]
@@ -258,6 +146,8 @@ def _run(found: Invocation) -> int:
 
     command = found.command
     assert command is not None
+    if command == "convert":
+        return _convert(found)
     config_file = _single(found, "config")
     if command == "fit" and config_file is None and not found.overrides:
         raise UsageError("fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
@@ -289,6 +179,38 @@ def _run(found: Invocation) -> int:
     return 0
 
 
+def _convert(found: Invocation) -> int:
+    """The one command that reads no recipe."""
+    if found.overrides or "config" in found.values or "print-config" in found.flags:
+        raise UsageError("convert reads no recipe: it takes SOURCE and its own options; see difftune convert --help")
+    for name, given in (("SOURCE", found.operand), ("--to", _single(found, "to")), ("--out", _single(found, "out"))):
+        if given is None:
+            raise UsageError(f"convert needs {name}; see difftune convert --help")
+    numbers: dict[str, float] = {}
+    for name in ("lambda-init", "max-shard-gb"):
+        value = _single(found, name)
+        try:
+            numbers |= {} if value is None else {name: float(value)}
+        except ValueError as error:
+            raise UsageError(f"--{name} must be a number, got {value!r}") from error
+
+    from difftune import run
+
+    assert found.operand is not None
+    run.convert(
+        found.operand,
+        to=found.values["to"][0],
+        out=Path(found.values["out"][0]),
+        text=Path(found.values["text"][0]) if "text" in found.values else None,
+        subln=_single(found, "subln"),
+        lambda_init=numbers.get("lambda-init"),
+        dtype=_single(found, "dtype"),
+        max_shard_gb=numbers.get("max-shard-gb"),
+        overwrite="overwrite" in found.flags,
+    )
+    return 0
+
+
 def _single(found: Invocation, name: str) -> str | None:
     return found.values[name][0] if name in found.values else None
 
@@ -310,47 +232,6 @@ def _option_overrides(found: Invocation) -> list[str]:
             value = found.values[option.name][0]
             overrides.append(f"{option.key}={json.dumps(value) if option.is_text else value}")
     return overrides
-
-
-def help_text() -> str:
-    """The text of `difftune --help`."""
-    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
-    return f"""difftune {__version__}: fine-tune, distil, evaluate and export Differential Transformers
-
-usage: difftune COMMAND [--config FILE] [KEY=VALUE ...] [options]
-
-commands:
-{commands}
-
-start here:
-  difftune fit --config recipes/quickstart.yaml      train a small model on the CPU, in minutes
-  difftune fit --help                                what else fit can do
-  difftune fit --list-keys                           every key of a recipe
-
-KEY=VALUE changes a recipe for one run (optim.lr=1e-4; --optim.lr=1e-4 is the same), in every stage.
-Exit codes: 0 done, 1 the run failed, 2 wrong input, 128+n stopped by signal n."""
-
-
-def command_help(name: str) -> str:
-    """The text of `difftune NAME --help`."""
-    command = COMMANDS[name]
-    lines = []
-    for option in (*command.options, *_COMMON):
-        left = f"--{option.name}" + (f" {option.metavar}" if option.metavar else "")
-        key = f"  [{option.key}]" if option.key else ""
-        lines.append(f"  {left:<22}{option.help}{key}")
-    options = "\n".join(lines)
-    return f"""usage: difftune {name} [--config FILE] [KEY=VALUE ...] [options]
-
-{command.about}
-
-options (in brackets: the recipe key that it sets):
-{options}
-
-examples:{command.examples}
-
-KEY=VALUE sets any recipe key, with a YAML value; quote what your shell would read. Items of a list are addressed by
-number or name: data.train.0.limit=100. `difftune fit --list-keys` shows the keys."""
 
 
 def _nearest(word: str, known: Any, dashes: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from difftune.build import (
     build_trainer,
     fresh_architecture,
 )
+from difftune.checkpoints.compare import Difference
+from difftune.checkpoints.convert import MAX_SHARD_BYTES, Conversion, convert_checkpoint
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
 from difftune.config import Config, StageConfig
@@ -165,6 +168,55 @@ def export(config: Config, out: Path) -> ExportReport:
     return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=False)
 
 
+def convert(
+    source: str,
+    *,
+    to: str,
+    out: Path,
+    text: Path | None = None,
+    subln: str | None = None,
+    lambda_init: float | None = None,
+    dtype: str | None = None,
+    max_shard_gb: float | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert a checkpoint to another kind or layout, and print how far the result is from it.
+
+    Args:
+        source: A folder, hub id, GGUF file or state dict file.
+        to: One of `difftune.checkpoints.convert.TARGETS`.
+        out: The folder to make.
+        text: File to compare the losses on.
+        subln: Sublayer norm where a softmax model becomes V1.
+        lambda_init: Lambda at the start, for the same.
+        dtype: Of the weights: float32, bfloat16, float16. None: as stored.
+        max_shard_gb: Largest weight file, in 10^9 bytes.
+        overwrite: Replace a model folder that is there.
+    """
+    _set_up_logging()
+    names = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in names:
+        raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(names)}")
+    if max_shard_gb is not None and max_shard_gb <= 0:
+        raise ValueError(f"the largest weight file must have more than 0 GB, got {max_shard_gb}")
+    with console.status(f"converting {source}"):
+        conversion = convert_checkpoint(
+            source,
+            to,
+            out,
+            subln=subln,
+            lambda_init=lambda_init,
+            text=text,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            overwrite=overwrite,
+            max_shard_bytes=MAX_SHARD_BYTES if max_shard_gb is None else int(max_shard_gb * 1e9),
+        )
+    console.print(_difference_table(conversion))
+    _say(f"{conversion.path}: {conversion.method}")
+    _say(f"{conversion.seconds:.0f} s, peak memory {conversion.peak_memory_gib:.1f} GiB")
+    return conversion
+
+
 def _train(
     config: Config,
     stage: StageConfig,
@@ -225,6 +277,27 @@ def _export(
     report = export_model(model, tokenizer, out, name, verify=config.export.verify, overwrite=overwrite, source=source)
     _say(f"exported {report}")
     return report
+
+
+def _difference_table(conversion: Conversion) -> Table:
+    promise = "exact" if conversion.exact else "not exact"
+    title = f"{conversion.source} to {conversion.target} ({promise}), both in float32"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for found in conversion.differences:
+        table.add_column(found.inputs, justify="right")
+    figures: dict[str, Callable[[Difference], str]] = {
+        "tokens": lambda found: f"{found.tokens:,}",
+        "largest difference of a logit": lambda found: f"{found.max_abs_logit:.2e}",
+        "largest logit": lambda found: f"{found.logit_scale:.2f}",
+        "mean KL, nats a token": lambda found: f"{found.kl:.2e}",
+        "same most probable token": lambda found: f"{found.same_top:.2%}",
+        "loss before, nats a token": lambda found: f"{found.nll_before:.4f}",
+        "loss after": lambda found: f"{found.nll_after:.4f}",
+    }
+    for name, show in figures.items():
+        table.add_row(name, *[show(found) for found in conversion.differences])
+    return table
 
 
 def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -135,8 +135,8 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
     ("arguments", "message"),
     [
         (["fti"], "unknown command 'fti'; did you mean fit?"),
-        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export"),
-        (["--model", "m"], "which command? one of fit, evaluate, generate, export"),
+        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, convert"),
+        (["--model", "m"], "which command? one of fit, evaluate, generate, export, convert"),
         (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
         (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
         (["fit", "--config"], "--config needs a value: --config FILE"),
@@ -297,3 +297,49 @@ def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DO_NOT_TRACK", "0")
     cli.main(["--version"])
     assert os.environ["DO_NOT_TRACK"] == "0", "a user's own setting stays"
+
+
+def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(source: str, **arguments: Any) -> None:
+        calls.update(source=source, arguments=arguments)
+
+    monkeypatch.setattr(sys.modules["difftune.run"], "convert", convert, raising=False)
+    options = ["--to", "diff_v1", "--out=o", "--text", "t.txt", "--subln", "none", "--lambda-init", "0.1"]
+    assert (
+        cli.main(["convert", "owner/name", *options, "--dtype", "bfloat16", "--max-shard-gb", "2", "--overwrite"]) == 0
+    )
+    assert calls["source"] == "owner/name"
+    assert calls["arguments"] == {
+        "to": "diff_v1",
+        "out": Path("o"),
+        "text": Path("t.txt"),
+        "subln": "none",
+        "lambda_init": 0.1,
+        "dtype": "bfloat16",
+        "max_shard_gb": 2.0,
+        "overwrite": True,
+    }
+    assert cli.main(["convert", "s", "--to", "llama", "--out", "o"]) == 0
+    assert calls["arguments"]["dtype"] is None and not calls["arguments"]["overwrite"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "--to", "diff_v2", "--out", "o"], "convert needs SOURCE; see difftune convert --help"),
+        (["convert", "s", "--out", "o"], "convert needs --to; see difftune convert --help"),
+        (["convert", "s", "--to", "diff_v2"], "convert needs --out; see difftune convert --help"),
+        (["convert", "s", "t"], "unexpected argument 't'; to set a recipe key, write KEY=VALUE"),
+        (
+            ["convert", "s", "--to", "diff_v2", "--out", "o", "optim.lr=1"],
+            "convert reads no recipe: it takes SOURCE and its own options; see difftune convert --help",
+        ),
+        (
+            ["convert", "s", "--to", "diff_v1", "--out", "o", "--lambda-init", "small"],
+            "--lambda-init must be a number, got 'small'",
+        ),
+        (["fit", "--to", "diff_v2"], "--to is not an option of fit, but of convert"),
+    ],
+)
+def test_a_wrong_convert_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert refuse(capsys, *arguments) == message

@@ -45,7 +45,8 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "run_folder",
         "training",
     },
-    "cli": {*CONFIG, "run"},
+    "cli_commands": set(),
+    "cli": {*CONFIG, "cli_commands", "run"},
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 

@@ -6,7 +6,7 @@ cannot express (other attention kinds, its fixed lambda schedule, ...) is refuse
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from huggingface_hub import save_torch_state_dict
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 from difftune.checkpoints.folders import (
+    check_shapes,
     check_tensors,
+    check_tied_head,
     read_config,
     read_generation_config,
     read_json,
@@ -22,6 +24,8 @@ from difftune.checkpoints.folders import (
     resolve_folder,
 )
 from difftune.checkpoints.layouts import fold_norm_weight, groups_to_halves, halves_to_groups, join_pair, split_pair
+from difftune.checkpoints.shards import LazyTensors, write_shards
+from difftune.checkpoints.streams import HEAD, TensorStream, by_unit, in_order
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 
 _SAME_FIELDS = (
@@ -120,6 +124,77 @@ def export_diffllama(model: DiffTransformerForCausalLM, folder: str | Path, *, m
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
     foreign.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def read_diffllama(folder: Path) -> tuple[DiffLlamaConfig, TensorStream]:
+    """Open a DiffLlama folder without reading it: names and shapes are checked, tensors come when asked for.
+
+    Args:
+        folder: Written by ``save_pretrained``.
+
+    Returns:
+        transformers' config, and DiffLlama's tensors in order; a tied head is left out.
+
+    Raises:
+        ValueError: As :func:`load_diffllama`.
+
+    Example:
+        >>> config, tensors = read_diffllama(Path("export"))  # doctest: +SKIP
+    """
+    config = read_config(folder, DiffLlamaConfig)
+    stored = LazyTensors(folder)
+    shapes = stored.shapes()
+    if config.tie_word_embeddings:
+        check_tied_head(stored, source=str(folder))
+        shapes.pop(HEAD, None)
+    check_shapes(shapes, DiffLlamaForCausalLM, config, source=str(folder))
+    return config, ((name, tensor) for name, tensor in in_order(stored) if name in shapes)
+
+
+def stream_from_diffllama(foreign: DiffLlamaConfig, tensors: TensorStream) -> TensorStream:
+    """Our tensors from DiffLlama's, a layer in memory at a time.
+
+    Args:
+        foreign: transformers' config.
+        tensors: DiffLlama's tensors in order.
+
+    Yields:
+        Our name and tensor.
+    """
+    num_groups = config_from_diffllama(foreign).num_kv_groups
+    for _, items in by_unit(tensors):
+        yield from weights_from_diffllama(items, num_groups=num_groups).items()
+
+
+def write_diffllama(
+    config: DiffTransformerConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    """Write a stream of our tensors as a DiffLlama folder, a layer in memory beside the shard.
+
+    Args:
+        config: Ours.
+        tensors: Our name and tensor, a layer's together.
+        folder: Made if absent. Not atomic.
+        dtype: Of the weights, for config.json.
+        max_shard_bytes: Largest weight file.
+
+    Raises:
+        ValueError: If DiffLlama cannot express the model: every reason, each with its remedy.
+
+    Example:
+        >>> write_diffllama(config, tensors, Path("out"), dtype=torch.float32, max_shard_bytes=2**31)  # doctest: +SKIP
+    """
+    foreign = config_to_diffllama(config)
+    foreign.dtype = dtype
+    foreign.architectures = ["DiffLlamaForCausalLM"]
+    layers = (weights_to_diffllama(items, config).items() for _, items in by_unit(tensors))
+    write_shards((item for layer in layers for item in layer), folder, max_shard_bytes=max_shard_bytes)
+    foreign.save_pretrained(folder)
 
 
 def config_from_diffllama(foreign: DiffLlamaConfig) -> DiffTransformerConfig:

@@ -2,26 +2,18 @@
 
 import copy
 import math
-import platform
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-import difftune
+from difftune.checkpoints.compare import RELATIVE_BUDGET
 from difftune.checkpoints.diffllama import config_to_diffllama, export_diffllama
+from difftune.checkpoints.publish import model_card, new_folder, usage
 from difftune.modeling import DiffTransformerForCausalLM
-
-# Largest accepted difference of two logits, as a share of the largest logit (at least 1): float32 rounding through the
-# layers stays well below, a wrong permutation is orders of magnitude above. It serves float64 models too, since
-# transformers computes norms and lambda in float32 whatever the dtype of the model.
-RELATIVE_BUDGET = 2e-5
 
 
 @dataclass(frozen=True)
@@ -102,20 +94,13 @@ def export_model(
     if format == "diffllama":
         config_to_diffllama(model.config)  # refuse before anything is written
     target = Path(out_dir).expanduser().absolute()
-    _check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        written = work / target.name
+    with new_folder(target, overwrite=overwrite) as written:
         _WRITERS[format](model, written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         reloaded_as, difference, budget = _compare(model, written) if verify else (None, None, None)
         report = ExportReport(target, format, reloaded_as, difference, budget)
         (written / "README.md").write_text(_model_card(model, report, source), encoding="utf-8")
-        _put_in_place(written, target, work / "replaced")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -128,30 +113,6 @@ _WRITERS: dict[str, Callable[[DiffTransformerForCausalLM, Path], None]] = {
     "difftune": _write_difftune,
     "diffllama": export_diffllama,
 }
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Raise unless the folder may be made or replaced."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise ValueError(f"{target} exists: choose another folder, or overwrite=True to replace it")
-    if not (target / "config.json").is_file():
-        raise ValueError(
-            f"{target} is not a model folder (no config.json), so it is not overwritten: remove it yourself"
-        )
-
-
-def _put_in_place(written: Path, target: Path, replaced: Path) -> None:
-    """Rename the finished folder to its place; the one that stood there survives a failure."""
-    if target.exists():
-        target.rename(replaced)
-    try:
-        written.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
 
 
 def _compare(model: DiffTransformerForCausalLM, folder: Path) -> tuple[str, float, float]:
@@ -191,45 +152,26 @@ def _full_precision_on_cpu(model: DiffTransformerForCausalLM) -> DiffTransformer
 def _model_card(model: DiffTransformerForCausalLM, report: ExportReport, source: str | None) -> str:
     """The README.md of the exported folder."""
     config = model.config
-    needs = {
-        "diffllama": "Plain transformers loads it:",
-        "difftune": "It needs this package (`pip install difftune`):",
-    }[report.format]
-    imports = "import difftune.modeling\n" if report.format == "difftune" else ""
     verified = (
         f"reloaded as {report.reloaded_as}: logits differ from the trained model's by at most "
         f"{report.max_abs_difference:.2e} (allowed {report.budget:.2e})"
         if report.max_abs_difference is not None
         else "not verified"
     )
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     size = (
         f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size}, "
         f"{model.num_parameters():,} parameters"
     )
     heads = f"{config.num_attention_heads} softmax maps, {config.num_key_value_heads} key/value heads"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {report.path.name}
-
-A Differential Transformer (arXiv:2410.05258), exported by difftune {difftune.__version__}. {needs}
-
-```python
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{report.path.name}")
-tokenizer = AutoTokenizer.from_pretrained("{report.path.name}")
-```
-
-| | |
-|---|---|
-| source | {source or config._name_or_path or "trained from scratch"} |
-| format | {report.format} |
-| attention | {config.attention}, {heads} |
-| size | {size} |
-| verified | {verified} |
-| written with | {versions} |
-"""
+    return model_card(
+        report.path.name,
+        about="A Differential Transformer (arXiv:2410.05258), exported",
+        usage=usage(report.path.name, needs_difftune=report.format == "difftune"),
+        rows={
+            "source": source or config._name_or_path or "trained from scratch",
+            "format": report.format,
+            "attention": f"{config.attention}, {heads}",
+            "size": size,
+            "verified": verified,
+        },
+    )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -224,29 +224,62 @@ def check_tensors(
         ValueError: If names are missing or extra, shapes differ, weights are integers (quantised), or a tied head
             differs from the embedding. Each is named.
     """
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-        head = tensors.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
-            raise ValueError(
-                f"{source} says tie_word_embeddings=true but has an lm_head.weight that differs from the embedding: "
-                "set tie_word_embeddings to false in its config.json if the head is meant"
-            )
-    check_names(tensors, expected, source=source, expected_by=model_class.__name__)
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)}, the config makes it {tuple(shape)}"
-        for name, shape in expected.items()
-        if tensors[name].shape != shape
-    ]
-    if wrong:
-        raise ValueError(f"{len(wrong)} tensors in {source} do not have their shape: {_shown(wrong)}")
+        check_tied_head(tensors, source=source)
+        tensors.pop("lm_head.weight", None)
+    check_shapes({name: tensor.shape for name, tensor in tensors.items()}, model_class, config, source=source)
     integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if integers:
         raise ValueError(
             f"{source} stores {_shown(integers)} as integers: quantised weights are not read, save it in bfloat16"
         )
+
+
+def check_tied_head(tensors: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Raise if a model with tied embeddings stores a head that is not the embedding.
+
+    Args:
+        tensors: Tensor by name; may read lazily.
+        source: Where they are from, for the message.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    if "lm_head.weight" not in tensors or "model.embed_tokens.weight" not in tensors:
+        return
+    if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        raise ValueError(
+            f"{source} says tie_word_embeddings=true but has an lm_head.weight that differs from the embedding: "
+            "set tie_word_embeddings to false in its config.json if the head is meant"
+        )
+
+
+def check_shapes(
+    shapes: Mapping[str, torch.Size], model_class: type[PreTrainedModel], config: PreTrainedConfig, *, source: str
+) -> None:
+    """Raise unless names and shapes are exactly those that the model class stores; needs no tensor.
+
+    Args:
+        shapes: Shape by name, without a tied ``lm_head.weight``.
+        model_class: The class that the names belong to.
+        config: Of the model.
+        source: Where the tensors are from, for the message.
+
+    Raises:
+        ValueError: If names are missing or extra, or shapes differ. Each is named.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    check_names(shapes, expected, source=source, expected_by=model_class.__name__)
+    wrong = [
+        f"{name} is {tuple(shapes[name])}, the config makes it {tuple(shape)}"
+        for name, shape in expected.items()
+        if shapes[name] != shape
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors in {source} do not have their shape: {_shown(wrong)}")
 
 
 def _shown(items: list[str]) -> str:

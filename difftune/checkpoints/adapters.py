@@ -1,0 +1,286 @@
+"""Adapters on disk: PEFT's file format, read strictly, and only onto the base that it was trained on.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``: LoRA, lambda and whatever else was trained,
+under PEFT's names, so that PEFT reads it too. The config also says which base it belongs to, in ``auto_mapping``, the
+one place where PEFT keeps what it does not know.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from difftune.checkpoints.folders import (
+    TRAINING_WEIGHTS,
+    check_names,
+    read_json,
+    read_training_weights,
+    resolve_folder,
+)
+from difftune.checkpoints.load import load_model
+from difftune.checkpoints.publish import new_folder
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling.adapters import (
+    activate_adapter,
+    add_adapter,
+    base_tensors,
+    file_key,
+    trained_parameters,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_RECORD = "difftune_base"
+# What may differ between the model that an adapter was trained on and the one it is put on.
+_NOT_COMPARED = {
+    "use_cache",
+    "attention_backend",
+    "initializer_range",
+    "lambda_std_dev",
+    "max_position_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
+_COMPARED = sorted(set(DiffTransformerConfig.__annotations__) - _NOT_COMPARED - {"keys_to_ignore_at_inference"})
+# Enough of each tensor to tell two trainings apart.
+_SAMPLED = 4096
+
+
+def save_adapter(
+    adapted: PeftModel, out_dir: str | Path, name: str = "default", *, base: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write an adapter to a folder, complete or not at all, and read it back before that is called done.
+
+    Args:
+        adapted: The model that holds it.
+        out_dir: The folder to make.
+        name: Of the adapter.
+        base: Folder or hub id of the base model, for whoever loads the adapter. Default: where the base came from.
+        overwrite: Replace an adapter that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the folder exists, or a tensor is not finite (named).
+
+    Example:
+        >>> save_adapter(adapted, "adapters/maths", base="my-model")  # doctest: +SKIP
+    """
+    config = describe_config(adapted, name, base=base)
+    tensors = {key: p.detach().cpu().clone().contiguous() for key, p in trained_parameters(adapted, name).items()}
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"adapter {name!r} is not saved: {bad[0]} and {len(bad) - 1} more tensors are not finite")
+    target = Path(out_dir).expanduser().absolute()
+    with new_folder(target, overwrite=overwrite) as folder:
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        written = load_file(folder / ADAPTER_WEIGHTS)
+        assert written.keys() == tensors.keys()
+        assert all(torch.equal(tensor, written[key]) for key, tensor in tensors.items())
+    return target
+
+
+def describe_config(adapted: PeftModel, name: str = "default", *, base: str | None = None) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of an adapter: PEFT's config, and the record of its base; plain values.
+
+    A training checkpoint that holds this file beside its weights is read by :func:`load_adapter` too.
+    """
+    model: Any = adapted.get_base_model()
+    config: dict[str, Any] = json.loads(json.dumps(adapted.peft_config[name].to_dict(), default=sorted))
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = base or model.config._name_or_path or None
+    config["auto_mapping"] = {
+        "base_model_class": "DiffTransformerForCausalLM",
+        "parent_library": "difftune.modeling.modeling",
+        _RECORD: base_record(adapted),
+    }
+    return config
+
+
+def load_adapter(
+    model: DiffTransformerForCausalLM | PeftModel,
+    source: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+) -> PeftModel:
+    """Put an adapter from disk onto its base, in place, and make it the active one.
+
+    Args:
+        model: The base, or one that has adapters already.
+        source: A folder or hub id with ``adapter_config.json``, written by us or by PEFT; or a training checkpoint.
+        name: What to call it in the model.
+        trainable: Whether its training is to go on.
+
+    Returns:
+        PEFT's wrapper around the model.
+
+    Raises:
+        ValueError: If there is no adapter, it is of another kind, belongs to another base (what differs is named), or
+            its tensors are not exactly those that its config promises (missing and extra ones are named). The model is
+            unchanged then.
+
+    Example:
+        >>> adapted = load_adapter(load_model("my-model"), "adapters/maths")  # doctest: +SKIP
+    """
+    folder = resolve_folder(source)
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_base(config, model, folder)
+    _check_tensors(config, tensors, inner.config, folder)
+    adapted = add_adapter(model, config, name)
+    with torch.no_grad():
+        for key, parameter in trained_parameters(adapted, name).items():
+            parameter.copy_(tensors[key])
+    activate_adapter(adapted, name, trainable=trainable)
+    return adapted
+
+
+def load_with_base(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    attention_backend: str | None = None,
+    trainable: bool = False,
+) -> PeftModel:
+    """Load an adapter and the base model that it names.
+
+    Args:
+        source: As of :func:`load_adapter`.
+        base: Folder or hub id of the base. Default: the one that the adapter names.
+        dtype: Of the base's weights. Default: as stored.
+        attention_backend: Of the base. Default: as stored.
+        trainable: Whether the training of the adapter is to go on.
+
+    Returns:
+        The base with the adapter active, named ``default``, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: If the adapter names no base, or as :func:`load_adapter` and ``load_model``.
+    """
+    folder = resolve_folder(source)
+    named = base or _read_config(folder).base_model_name_or_path
+    if not named:
+        raise ValueError(f"{folder} does not say what its base model is: name it")
+    model = load_model(named, dtype=dtype, attention_backend=attention_backend)
+    return load_adapter(model, folder, trainable=trainable).eval()
+
+
+def base_record(model: torch.nn.Module) -> dict[str, Any]:
+    """What tells the base of an adapter from other models: its architecture, and hashes of its shapes and weights.
+
+    The hashes take a sample of each frozen tensor, rounded to bfloat16: the same base in float32 and in bfloat16 has
+    one record. Projections are hashed apart, because a quantised base lacks them; float16, which rounds otherwise, has
+    no hashes.
+
+    Args:
+        model: The base, or with adapters on it.
+    """
+    config: Any = model.config
+    architecture = json.loads(json.dumps({field: getattr(config, field) for field in _COMPARED}))
+    fixed, projections = hashlib.sha256(), hashlib.sha256()
+    comparable = quantised = False
+    for name, tensor in sorted(base_tensors(model).items()):
+        is_projection = name.endswith("_proj.weight") and "lambda_full" not in name
+        if is_projection and not tensor.is_floating_point():
+            quantised = True
+            continue
+        comparable = tensor.dtype != torch.float16 and not tensor.is_meta
+        if not comparable:
+            break
+        flat = tensor.reshape(-1)
+        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16)
+        digest = projections if is_projection else fixed
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return {
+        "architecture": architecture,
+        "weights": fixed.hexdigest() if comparable else None,
+        "projections": projections.hexdigest() if comparable and not quantised else None,
+    }
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """PEFT's config of an adapter, if it is of a kind that is read strictly."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder} holds no adapter (no {ADAPTER_CONFIG}): give a folder that save_adapter wrote")
+    fields = read_json(folder / ADAPTER_CONFIG)
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} holds an adapter of type {fields.get('peft_type')!r}: only LORA is read")
+    odd = {
+        "bias": (None, "none"),
+        "lora_bias": (None, False),
+        "fan_in_fan_out": (None, False),
+        "target_parameters": (None, []),
+        "trainable_token_indices": (None,),
+        "layer_replication": (None,),
+    }
+    found = [f"{key}={fields[key]!r}" for key, plain in odd.items() if fields.get(key) not in plain]
+    if found:
+        raise ValueError(f"{folder} uses {', '.join(found)}, which is not read here: use PEFT itself")
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "runtime_config"})
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder or of a training checkpoint, by PEFT's names."""
+    if (folder / TRAINING_WEIGHTS).is_file():
+        named = {file_key(name): tensor for name, tensor in read_training_weights(folder).items()}
+        return {key: tensor for key, tensor in named.items() if key is not None}
+    try:
+        return load_file(folder / ADAPTER_WEIGHTS)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}: the adapter is incomplete") from error
+    except SafetensorError as error:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} is damaged or incomplete ({error}): save it again") from error
+
+
+def _check_base(config: LoraConfig, model: torch.nn.Module, folder: Path) -> None:
+    """Raise unless the model is the one that the adapter was trained on, as far as the adapter says."""
+    theirs = (config.auto_mapping or {}).get(_RECORD)
+    if theirs is None:
+        return
+    ours = base_record(model)
+    differing = [
+        f"{field} is {ours['architecture'].get(field)!r} here and {value!r} there"
+        for field, value in theirs["architecture"].items()
+        if ours["architecture"].get(field) != value
+    ]
+    for part in ("weights", "projections"):
+        if not differing and ours[part] and theirs[part] and ours[part] != theirs[part]:
+            differing.append("the architecture is the same, the weights are not")
+    if differing:
+        trained_on = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+        raise ValueError(
+            f"{folder} was trained on another base{trained_on}: {'; '.join(differing)}. An adapter works on its own "
+            "base alone"
+        )
+
+
+def _check_tensors(
+    config: LoraConfig, tensors: dict[str, torch.Tensor], architecture: DiffTransformerConfig, folder: Path
+) -> None:
+    """Raise unless the tensors are exactly those that the config puts on such a model; a skeleton is the oracle."""
+    with torch.device("meta"):
+        try:
+            skeleton = add_adapter(DiffTransformerForCausalLM(copy.deepcopy(architecture)), copy.deepcopy(config))
+        except ValueError as error:
+            raise ValueError(f"{folder} does not fit a {architecture.attention} model: {error}") from error
+    expected = trained_parameters(skeleton)
+    check_names(tensors, expected, source=str(folder), expected_by=ADAPTER_CONFIG)
+    for key, parameter in expected.items():
+        if tensors[key].shape != parameter.shape:
+            shapes = f"{tuple(tensors[key].shape)}, {ADAPTER_CONFIG} makes it {tuple(parameter.shape)}"
+            raise ValueError(f"{key} in {folder} is {shapes}")

@@ -1,0 +1,132 @@
+"""A model folder for others: complete in its place or not there at all, with a card that says what it is."""
+
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+import difftune
+
+
+@contextmanager
+def new_folder(out_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to write in, and rename it to its place when the block ends without an error.
+
+    On any error nothing is left behind, and a folder that was to be overwritten is untouched.
+
+    Args:
+        out_dir: Where the folder shall be.
+        overwrite: Replace a model folder that is there.
+
+    Yields:
+        An empty folder beside that place, of the same name.
+
+    Raises:
+        ValueError: If something stands there that may not be replaced.
+
+    Example:
+        >>> with new_folder("out") as folder:  # doctest: +SKIP
+        ...     (folder / "config.json").write_text("{}")
+    """
+    target = Path(out_dir).expanduser().absolute()
+    check_target(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        written = work / target.name
+        written.mkdir()
+        yield written
+        _put_in_place(written, target, work / "replaced")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_target(out_dir: str | Path, *, overwrite: bool = False) -> None:
+    """Raise unless a folder may be made, or the one that is there may be replaced.
+
+    Args:
+        out_dir: Where the folder shall be.
+        overwrite: Whether the user asked to replace what is there.
+
+    Raises:
+        ValueError: If it exists and ``overwrite`` is false, or it is no model folder.
+    """
+    target = Path(out_dir).expanduser().absolute()
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists: choose another folder, or overwrite=True (--overwrite) to replace it")
+    if not (target / "config.json").is_file():
+        raise ValueError(
+            f"{target} is not a model folder (no config.json), so it is not overwritten: remove it yourself"
+        )
+
+
+def usage(name: str, *, needs_difftune: bool) -> str:
+    """How a reader loads the folder, for :func:`model_card`.
+
+    Args:
+        name: Of the folder.
+        needs_difftune: Whether plain transformers cannot load it.
+
+    Returns:
+        A sentence and a block of Python.
+    """
+    needs = "It needs this package (`pip install difftune`):" if needs_difftune else "Plain transformers loads it:"
+    imports = "import difftune.modeling\n" if needs_difftune else ""
+    return f"""{needs}
+
+```python
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+
+def model_card(name: str, *, about: str, usage: str, rows: Mapping[str, str], details: str = "") -> str:
+    """The README.md of a model folder.
+
+    Args:
+        name: Of the folder.
+        about: What the model is and how it was made; "by difftune" and the version follow.
+        usage: How to load it.
+        rows: The table: what, and its value. The versions are added.
+        details: Markdown below the table.
+
+    Returns:
+        The text.
+    """
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    table = "\n".join(f"| {what} | {value} |" for what, value in {**rows, "written with": versions}.items())
+    below = f"\n{details}\n" if details else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+{about} by difftune {difftune.__version__}. {usage}
+
+| | |
+|---|---|
+{table}
+{below}"""
+
+
+def _put_in_place(written: Path, target: Path, replaced: Path) -> None:
+    """Rename the finished folder to its place; the one that stood there survives a failure."""
+    if target.exists():
+        target.rename(replaced)
+    try:
+        written.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
