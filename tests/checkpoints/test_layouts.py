@@ -11,6 +11,7 @@ from difftune.checkpoints.layouts import (
     halves_to_groups,
     join_interleaved_pair,
     join_pair,
+    pair_columns,
     split_interleaved_pair,
     split_pair,
 )
@@ -109,3 +110,14 @@ def test_what_does_not_divide_is_refused() -> None:
         halves_to_groups(torch.zeros(10), 3)
     with pytest.raises(ValueError, match="10 columns, not a whole number of heads of 4"):
         fold_norm_weight(torch.zeros(1, 10), torch.zeros(4))
+
+
+def test_columns_of_paired_heads_stand_side_by_side() -> None:
+    groups, members, head_dim = 3, 2, 4
+    heads = torch.arange(groups * 2 * members * head_dim).view(groups, 2, members, head_dim)
+    ours = pair_columns(heads.reshape(1, -1), groups, members).view(groups, members, 2 * head_dim)
+    for group in range(groups):
+        for member in range(members):
+            assert torch.equal(ours[group, member], torch.cat([heads[group, 0, member], heads[group, 1, member]]))
+    with pytest.raises(ValueError, match="10 columns do not divide into 2 pairs of 3 heads"):
+        pair_columns(torch.zeros(1, 10), 2, 3)
