@@ -136,13 +136,13 @@ def test_real_mathematics_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fit", "--config", "recipes/quickstart.yaml", "optim.lrr=1"), "did you mean"),
+        (("fit", "--config", "recipes/quickstart.yaml", "optim.lrr=1", "run_dir={tmp}/run"), "did you mean"),
         (
             ("fit", "--config", "recipes/quickstart.yaml", "data.train.*.path=missing.jsonl", "run_dir={tmp}"),
             "missing.jsonl",
         ),
         (
-            ("fit", "--config", "recipes/quickstart.yaml", "model.num_attention_heads=256"),
+            ("fit", "--config", "recipes/quickstart.yaml", "model.num_attention_heads=256", "run_dir={tmp}/run"),
             "must be a multiple of num_attention_heads (256)",
         ),
         (
