@@ -28,6 +28,7 @@ def test_the_readme_shows_commands_and_python():
 
 @pytest.mark.parametrize("code", [code for kind, code in BLOCKS if kind == "python"])
 def test_the_python_examples_run(code):
+    assert "\nassert " in code, "an example shows what it comes to"
     exec(compile(code, "README.md", "exec"), {})
 
 
