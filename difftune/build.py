@@ -23,6 +23,7 @@ from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
 from difftune.training.checkpoint import Checkpointing
 from difftune.training.finetune import FinetuneModule
 from difftune.training.flops import ModelFlops
+from difftune.training.lambda_warmup import LambdaWarmup
 from difftune.training.loggers import build_loggers
 from difftune.training.preemption import Preemption
 from difftune.training.strategies import build_strategy
@@ -81,6 +82,9 @@ def build_model(
         context = {name: given[name] for name in ("max_position_embeddings", "rope_parameters") if name in given}
         if context:
             model.extend_context(**context)
+        # A later stage goes on with the warm-up that the first one began.
+        if config.lambda_warmup_steps is not None and start_from is None:
+            model.warm_up_lambda(config.lambda_warmup_steps)
     else:
         seed_everything(seed, verbose=False)
         with torch.device(device):
@@ -171,7 +175,7 @@ def build_trainer(
         best_mode=stage.checkpoint.best_mode,  # type: ignore[arg-type]  # the config allows max and min
     )
     # Throughput comes first: its clock stops while those after it evaluate and save.
-    callbacks: list[Callback] = [Throughput(ModelFlops.of_model(model)), LambdaMonitor()]
+    callbacks: list[Callback] = [Throughput(ModelFlops.of_model(model)), LambdaMonitor(), LambdaWarmup()]
     if config.logging.progress_bar:
         callbacks.append(RichProgress(stage.name, console=console))
     settings = stage.evaluation

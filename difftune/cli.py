@@ -193,6 +193,9 @@ def _convert(found: Invocation) -> int:
             numbers |= {} if value is None else {name: float(value)}
         except ValueError as error:
             raise UsageError(f"--{name} must be a number, got {value!r}") from error
+    steps = _single(found, "lambda-warmup-steps")
+    if steps is not None and not steps.isdecimal():
+        raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps!r}")
 
     from difftune import run
 
@@ -204,6 +207,7 @@ def _convert(found: Invocation) -> int:
         text=Path(found.values["text"][0]) if "text" in found.values else None,
         subln=_single(found, "subln"),
         lambda_init=numbers.get("lambda-init"),
+        lambda_warmup_steps=None if steps is None else int(steps),
         dtype=_single(found, "dtype"),
         max_shard_gb=numbers.get("max-shard-gb"),
         overwrite="overwrite" in found.flags,

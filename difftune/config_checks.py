@@ -48,8 +48,10 @@ def _model_problems(config: Config) -> list[str]:
     if model.path is None and config.tokenizer is None:
         problems.append("tokenizer: a fresh model needs one (digits, bytes, a folder or a hub id); or set model.path")
     if model.path is not None:
-        # Extending the context is the one change that weights survive.
-        fixed = sorted(set(model.architecture()) - {"rope_parameters", "max_position_embeddings"})
+        # A longer context and a slow start of lambda are the changes that weights survive.
+        fixed = sorted(
+            set(model.architecture()) - {"rope_parameters", "max_position_embeddings", "lambda_warmup_steps"}
+        )
         if fixed:
             problems.append(
                 f"model.path: the architecture comes with the weights; leave out model.{', model.'.join(fixed)}"

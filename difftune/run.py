@@ -176,6 +176,7 @@ def convert(
     text: Path | None = None,
     subln: str | None = None,
     lambda_init: float | None = None,
+    lambda_warmup_steps: int | None = None,
     dtype: str | None = None,
     max_shard_gb: float | None = None,
     overwrite: bool = False,
@@ -189,6 +190,7 @@ def convert(
         text: File to compare the losses on.
         subln: Sublayer norm where a softmax model becomes V1.
         lambda_init: Lambda at the start, for the same.
+        lambda_warmup_steps: Optimiser steps over which it rises from almost 0, for the same. None: none.
         dtype: Of the weights: float32, bfloat16, float16. None: as stored.
         max_shard_gb: Largest weight file, in 10^9 bytes.
         overwrite: Replace a model folder that is there.
@@ -206,6 +208,7 @@ def convert(
             out,
             subln=subln,
             lambda_init=lambda_init,
+            lambda_warmup_steps=lambda_warmup_steps,
             text=text,
             dtype=None if dtype is None else getattr(torch, dtype),
             overwrite=overwrite,

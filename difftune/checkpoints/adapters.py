@@ -32,7 +32,7 @@ from difftune.modeling.adapters import (
     add_adapter,
     base_tensors,
     file_key,
-    trained_parameters,
+    saved_tensors,
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -77,7 +77,7 @@ def save_adapter(
         >>> save_adapter(adapted, "adapters/maths", base="my-model")  # doctest: +SKIP
     """
     config = describe_config(adapted, name, base=base)
-    tensors = {key: p.detach().cpu().clone().contiguous() for key, p in trained_parameters(adapted, name).items()}
+    tensors = {key: p.detach().cpu().clone().contiguous() for key, p in saved_tensors(adapted, name).items()}
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"adapter {name!r} is not saved: {bad[0]} and {len(bad) - 1} more tensors are not finite")
@@ -141,8 +141,8 @@ def load_adapter(
     _check_tensors(config, tensors, inner.config, folder)
     adapted = add_adapter(model, config, name)
     with torch.no_grad():
-        for key, parameter in trained_parameters(adapted, name).items():
-            parameter.copy_(tensors[key])
+        for key, tensor in saved_tensors(adapted, name).items():
+            tensor.copy_(tensors[key])
     activate_adapter(adapted, name, trainable=trainable)
     return adapted
 
@@ -278,7 +278,7 @@ def _check_tensors(
             skeleton = add_adapter(DiffTransformerForCausalLM(copy.deepcopy(architecture)), copy.deepcopy(config))
         except ValueError as error:
             raise ValueError(f"{folder} does not fit a {architecture.attention} model: {error}") from error
-    expected = trained_parameters(skeleton)
+    expected = saved_tensors(skeleton)
     check_names(tensors, expected, source=str(folder), expected_by=ADAPTER_CONFIG)
     for key, parameter in expected.items():
         if tensors[key].shape != parameter.shape:

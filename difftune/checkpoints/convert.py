@@ -113,6 +113,7 @@ def convert_checkpoint(
     *,
     subln: str | None = None,
     lambda_init: float | None = None,
+    lambda_warmup_steps: int | None = None,
     text: Path | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -131,6 +132,7 @@ def convert_checkpoint(
         subln: Sublayer norm of a softmax model that becomes ``diff_v1``. Default: :data:`V1_SUBLN`, which loses
             least.
         lambda_init: Its lambda at the start, the same in all layers. Default: :data:`V1_LAMBDA_INIT`.
+        lambda_warmup_steps: Optimiser steps of training over which that lambda rises from almost 0. Default: none.
         text: UTF-8 file to compare the models on, beside random tokens.
         dtype: Of the weights. Default: as stored; another one rounds, and the comparison says by how much.
         overwrite: Replace a model folder that is there.
@@ -154,7 +156,7 @@ def convert_checkpoint(
     opened = open_source(source, dtype=dtype)
     if opened.folder is not None and opened.folder.absolute() == Path(out_dir).expanduser().absolute():
         raise ValueError(f"{out_dir} is the source itself: choose another folder")
-    plan = _plan(opened, to, subln, lambda_init)
+    plan = _plan(opened, to, subln, lambda_init, lambda_warmup_steps)
     stored = next(opened.tensors())[1].dtype
     rounded = dtype is not None and torch.promote_types(dtype, stored) != dtype
     with new_folder(out_dir, overwrite=overwrite) as folder:
@@ -182,24 +184,30 @@ def convert_checkpoint(
     return conversion
 
 
-def _plan(source: Source, to: str, subln: str | None, lambda_init: float | None) -> _Plan:
+def _plan(
+    source: Source, to: str, subln: str | None, lambda_init: float | None, lambda_warmup_steps: int | None
+) -> _Plan:
     """How to get there, or why it cannot be done."""
     config = source.config
     upcycled_to_v1 = config.attention == "softmax" and to in ("diff_v1", "diffllama", "unilm")
-    if (subln, lambda_init) != (None, None) and not (upcycled_to_v1 and to == "diff_v1"):
+    choices = {"subln": subln, "lambda_init": lambda_init, "lambda_warmup_steps": lambda_warmup_steps}
+    chosen = ", ".join(f"{name}={value!r}" for name, value in choices.items() if value is not None)
+    if chosen and not (upcycled_to_v1 and to == "diff_v1"):
         raise ValueError(
-            f"subln={subln!r}, lambda_init={lambda_init!r}: only a softmax model that becomes diff_v1 has this choice; "
-            f"{source.name} is {config.attention}, the target is {to}"
+            f"{chosen}: only a softmax model that becomes diff_v1 has this choice; leave it out, "
+            f"{source.name} is {config.attention} and the target is {to}"
         )
     if upcycled_to_v1:
         # DiffLlama and Microsoft's layout always have the norm, and lambda by depth.
         norm = {"diffllama": "plain", "unilm": "affine"}.get(to, subln or V1_SUBLN)
         if to == "diff_v1" and lambda_init is None:
             lambda_init = V1_LAMBDA_INIT
-        target = config_to_v1(config, subln=norm, lambda_init=lambda_init)
+        steps = lambda_warmup_steps or 0
+        target = config_to_v1(config, subln=norm, lambda_init=lambda_init, lambda_warmup_steps=steps)
         if to == "unilm":
             target.subln_eps = SUBLN_EPS
-        method = f"heads of neighbouring key/value heads paired, sublayer norm {norm}; the function changes"
+        start = f", lambda warmed up over {steps:,} optimiser steps" if steps else ""
+        method = f"heads of neighbouring key/value heads paired, sublayer norm {norm}{start}; the function changes"
         return _Plan(target, lambda tensors: to_diff_v1(config, target, tensors), method, exact=False)
     if to == "diff_v2" and config.attention != "diff_v2":
         method = "query heads doubled, lambda 1/2, output projection doubled: the same function"

@@ -23,10 +23,18 @@ from difftune.checkpoints.folders import (
     read_tensors,
     resolve_folder,
 )
-from difftune.checkpoints.layouts import fold_norm_weight, groups_to_halves, halves_to_groups, join_pair, split_pair
+from difftune.checkpoints.layouts import (
+    fold_norm_weight,
+    groups_to_halves,
+    halves_to_groups,
+    join_pair,
+    require_whole_lambda,
+    split_pair,
+)
 from difftune.checkpoints.shards import LazyTensors, write_shards
 from difftune.checkpoints.streams import HEAD, TensorStream, by_unit, in_order
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling.lambdas import WARMUP_STEP
 
 _SAME_FIELDS = (
     "vocab_size",
@@ -329,7 +337,7 @@ def weights_to_diffllama(ours: Mapping[str, torch.Tensor], config: DiffTransform
         Tensor by DiffLlama's name, on the CPU; a tied ``lm_head.weight`` is left out.
 
     Raises:
-        ValueError: If the rows do not divide into groups.
+        ValueError: If the rows do not divide into groups, or lambda is in the middle of a warm-up.
 
     Source:
         transformers ``models/diffllama/modeling_diffllama.py``.
@@ -354,6 +362,8 @@ def weights_to_diffllama(ours: Mapping[str, torch.Tensor], config: DiffTransform
             foreign[name] = groups_to_halves(tensor, config.num_kv_groups)
         elif module == "o_proj" and kind == "weight" and f"{stem}subln.weight" in ours:
             foreign[name] = fold_norm_weight(tensor, ours[f"{stem}subln.weight"].detach().cpu())
+        elif name.endswith(WARMUP_STEP):
+            require_whole_lambda(name, tensor, config)
         elif module == "lambda_full":
             foreign[f"{stem}{kind}"] = tensor.float()
         else:

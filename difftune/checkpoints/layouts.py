@@ -15,6 +15,8 @@ Every function permutes the first axis, so it serves weights ``[rows, in]`` and 
 
 import torch
 
+from difftune.modeling import DiffTransformerConfig
+
 
 def split_pair(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a half-split projection into the two members of the pair: ``fused.chunk(2, dim=0)``.
@@ -290,3 +292,24 @@ def _swap_axes_of_heads(rows: torch.Tensor, head_dim: int, axes: tuple[int, int]
         raise ValueError(f"{rows.shape[0]} rows are not a whole number of heads of {head_dim}, which must be even")
     heads = rows.unflatten(0, (-1, head_dim)).unflatten(1, axes)
     return heads.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def require_whole_lambda(name: str, step: torch.Tensor, config: DiffTransformerConfig) -> None:
+    """Raise unless the warm-up of lambda has ended: foreign layouts compute lambda whole, and have no place for a step.
+
+    A factor before lambda cannot be folded either: its constant part is fixed there by the depth of the layer.
+
+    Args:
+        name: Of the buffer, for the message.
+        step: Optimiser steps of the warm-up that were taken, shape ``()``.
+        config: Of the model.
+
+    Raises:
+        ValueError: If it is in the middle.
+    """
+    if step.item() < config.lambda_warmup_steps:
+        raise ValueError(
+            f"{name}: lambda is at step {int(step)} of the {config.lambda_warmup_steps} of its warm-up, which other "
+            "formats cannot express; difftune's own keeps it. Train on to its end, or end it now with "
+            "model.lambda_warmup_steps=0, which changes the function"
+        )

@@ -18,6 +18,7 @@ from difftune.checkpoints.layouts import (
     adjacent_to_half_rotary,
     half_to_adjacent_rotary,
     join_interleaved_pair,
+    require_whole_lambda,
     split_interleaved_pair,
 )
 from difftune.checkpoints.shards import STATE_DICT_SUFFIXES, LazyTensors, require_usable, write_shards
@@ -29,6 +30,7 @@ from difftune.checkpoints.unilm_config import (
     config_to_unilm,
 )
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling.lambdas import WARMUP_STEP
 
 # Outside the layers the names are the same in both layouts.
 _OUTSIDE = (EMBEDDING, NORM, HEAD)
@@ -181,7 +183,8 @@ def tensors_to_unilm(
         comes as ones. A tied ``lm_head.weight`` is left out.
 
     Raises:
-        ValueError: If a tensor is extra, misshapen, quantised or not finite; after the last, if one is missing.
+        ValueError: If a tensor is extra, misshapen, quantised or not finite, or lambda is in the middle of a warm-up;
+            after the last, if one is missing.
 
     Source:
         microsoft/unilm ``Diff-Transformer/multihead_flashdiff_2.py``.
@@ -203,6 +206,9 @@ def tensors_to_unilm(
         tensor = require_usable(name, given.detach().cpu(), source)
         if name in _OUTSIDE:
             yield name, tensor
+            continue
+        if name.endswith(WARMUP_STEP):
+            require_whole_lambda(name, tensor, config)
             continue
         prefix, leaf = _split_name(name)
         target, parts = foreign_name[leaf]

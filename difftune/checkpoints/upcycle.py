@@ -9,7 +9,7 @@ import torch
 from difftune.checkpoints.layouts import pair_columns, split_interleaved_pair
 from difftune.checkpoints.streams import TensorStream, by_unit
 from difftune.modeling import DiffTransformerConfig
-from difftune.modeling.lambdas import lambda_init_at
+from difftune.modeling.lambdas import WARMUP_STEP, lambda_init_at, warmup_factor
 
 _Q, _O = ".self_attn.q_proj.", ".self_attn.o_proj.weight"
 
@@ -69,19 +69,22 @@ def to_diff_v2(config: DiffTransformerConfig, tensors: Iterable[tuple[str, torch
             yield name, tensor
 
 
-def config_to_v1(config: DiffTransformerConfig, *, subln: str, lambda_init: float | None) -> DiffTransformerConfig:
+def config_to_v1(
+    config: DiffTransformerConfig, *, subln: str, lambda_init: float | None, lambda_warmup_steps: int = 0
+) -> DiffTransformerConfig:
     """The ``diff_v1`` config that :func:`to_diff_v1` fills: as many softmax maps as before, in pairs.
 
     Args:
         config: Of a ``softmax`` model.
         subln: ``none``, ``plain`` or ``affine``.
         lambda_init: Constant of all layers; None is the paper's schedule by depth.
+        lambda_warmup_steps: Optimiser steps over which lambda rises from almost 0; 0 is none.
 
     Returns:
         Of the converted model.
 
     Raises:
-        ValueError: If the source is not a ``softmax`` model, or has an odd number of heads.
+        ValueError: If the source is not a ``softmax`` model or has an odd number of heads, or lambda is 1 or more.
 
     Example:
         >>> smol = DiffTransformerConfig(attention="softmax", num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
@@ -98,7 +101,19 @@ def config_to_v1(config: DiffTransformerConfig, *, subln: str, lambda_init: floa
             f"num_attention_heads={heads}, num_key_value_heads={kv_heads}: diff_v1 pairs heads, so both must be even; "
             "diff_v2 takes any number, and loses nothing: --to diff_v2"
         )
-    return _changed(config, attention="diff_v1", subln=subln, lambda_init=lambda_init, subln_eps=config.rms_norm_eps)
+    if lambda_init is not None and not lambda_init < 1:
+        raise ValueError(
+            f"lambda_init={lambda_init}: must be below 1, since the maps' difference sums to 1 - lambda and that is "
+            "divided out; 0.05 loses least"
+        )
+    return _changed(
+        config,
+        attention="diff_v1",
+        subln=subln,
+        lambda_init=lambda_init,
+        lambda_warmup_steps=lambda_warmup_steps,
+        subln_eps=config.rms_norm_eps,
+    )
 
 
 def to_diff_v1(
@@ -110,9 +125,9 @@ def to_diff_v1(
     ``A_a V_a`` and ``A_b V_b``. What each choice loses is measured in docs/how-to/convert.md.
 
     Lambda starts at ``lambda_init``: its two products are equal and random, so they cancel but have gradients. The
-    rows of the difference of maps sum to ``1 - lambda``, which is divided out of ``W_o``. A sublayer norm's output has
-    unit root mean square, so ``W_o`` is multiplied by that of a head's output, estimated as half of the values' own:
-    attention averages them.
+    rows of the difference of maps sum to ``1 - lambda``, which is divided out of ``W_o``; in a warm-up that is lambda
+    as it starts. A sublayer norm's output has root mean square ``1 - lambda_init``, so that is divided out, and ``W_o``
+    multiplied by what a head's output has, estimated as half of the values' own: attention averages them.
 
     Args:
         config: Of the source.
@@ -150,12 +165,16 @@ def to_diff_v1(
                 lambda_init = target.lambda_init
                 if lambda_init is None:
                     lambda_init = lambda_init_at(int(layer.rsplit(".", 1)[1]))
+                if target.lambda_warmup_steps and target.subln == "none":
+                    lambda_init *= warmup_factor(torch.zeros(()), target.lambda_warmup_steps).item()
                 columns = pair_columns(tensor, groups, members).unflatten(1, (groups, -1))
                 scaled = columns * head_scale[:, None] / (1 - lambda_init)
                 yield name, scaled.flatten(1).to(tensor.dtype)
                 pair = {n: torch.randn(target.head_dim, generator=generator) * target.lambda_std_dev for n in "qk"}
                 for n in ("q1", "k1", "q2", "k2"):
                     yield f"{layer}.self_attn.lambda_full.lambda_{n}", pair[n[0]].clone()
+                if target.lambda_warmup_steps:
+                    yield f"{layer}.self_attn.lambda_full.{WARMUP_STEP}", torch.zeros(())
                 if target.subln == "affine":
                     yield f"{layer}.self_attn.subln.weight", tensor.new_ones(target.value_head_dim)
             else:

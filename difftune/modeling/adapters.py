@@ -25,6 +25,7 @@ from difftune.modeling.adapter_settings import (
     AdapterSettings,
     build_lora_config,
 )
+from difftune.modeling.lambdas import WARMUP_STEP
 from difftune.modeling.modeling import DiffTransformerForCausalLM
 
 _PREFIX = "base_model.model."
@@ -59,6 +60,7 @@ def add_adapter(
     if name in existing:
         raise ValueError(f"the model has an adapter {name!r} already: choose another name than {', '.join(existing)}")
     config = build_lora_config(model.config, settings) if isinstance(settings, AdapterSettings) else settings
+    _check_warmup(model, config)
     # PEFT would freeze every parameter whose name contains the adapter's; activate_adapter decides who trains.
     config.inference_mode = False
     if isinstance(model, PeftModel):
@@ -111,6 +113,21 @@ def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
     return found
 
 
+def saved_tensors(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
+    """What is saved of an adapter, by the names of PEFT's files: its parameters, and the step of lambda's warm-up.
+
+    Args:
+        model: PEFT's wrapper, or the model with the adapter inside.
+        name: Of the adapter.
+    """
+    found: dict[str, torch.Tensor] = {**trained_parameters(model, name)}
+    for full_name, step in _warmup_steps(model).items():
+        key = file_key(full_name, name)
+        if key is not None:
+            found[key] = step
+    return found
+
+
 def file_key(parameter_name: str, name: str = "default") -> str | None:
     """The name that a parameter has in PEFT's file, or None if it is not one of the adapter ``name``.
 
@@ -127,7 +144,7 @@ def file_key(parameter_name: str, name: str = "default") -> str | None:
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The frozen tensors under adapters, by the names that they have without PEFT; nothing is copied."""
     found: dict[str, torch.Tensor] = {}
-    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+    for full_name, parameter in (*model.named_parameters(remove_duplicate=False), *_warmup_steps(model).items()):
         if _ADDED.search(full_name):
             continue
         plain = full_name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -165,10 +182,10 @@ def merged_tensors(model: nn.Module, name: str = "default") -> dict[str, torch.T
         ValueError: If the base is quantised.
     """
     merged = base_tensors(model)
-    for key, parameter in trained_parameters(model, name).items():
+    for key, tensor in saved_tensors(model, name).items():
         plain = key.removeprefix(_PREFIX)
         if plain in merged:
-            merged[plain] = parameter.detach().to(merged[plain].dtype)
+            merged[plain] = tensor.detach().to(merged[plain].dtype)
     for projection, layer in lora_layers(model, name).items():
         weight = merged[f"{projection}.weight"]
         if not weight.is_floating_point():
@@ -194,7 +211,8 @@ def combine_adapters(adapted: PeftModel, weights: Mapping[str, float], name: str
         name: Of the new one.
 
     Raises:
-        ValueError: If an adapter is unknown, uses DoRA (which is not a sum), or a weight is not finite.
+        ValueError: If an adapter is unknown, uses DoRA (which is not a sum), a weight is not finite, or a warm-up of
+            lambda has not ended.
 
     Example:
         >>> combine_adapters(adapted, {"maths": 0.7, "code": 0.3}, "both")  # doctest: +SKIP
@@ -210,6 +228,12 @@ def combine_adapters(adapted: PeftModel, weights: Mapping[str, float], name: str
         if configs[part].use_dora:
             raise ValueError(f"adapter {part!r} uses DoRA, whose updates do not add: merge it into the base instead")
         whole |= set(configs[part].modules_to_save or ())
+        warm = {step.item() for key, step in saved_tensors(adapted, part).items() if key.endswith(WARMUP_STEP)}
+        if warm and min(warm) < adapted.config.lambda_warmup_steps:
+            raise ValueError(
+                f"lambda of adapter {part!r} is at step {min(warm):.0f} of the {adapted.config.lambda_warmup_steps} of "
+                "its warm-up, and a mixture has no such step: train it to the end of that first"
+            )
     layers = {part: lora_layers(adapted, part) for part in weights}
     ranks: dict[str, int] = {}
     for projection in sorted(set().union(*layers.values())):
@@ -230,6 +254,9 @@ def combine_adapters(adapted: PeftModel, weights: Mapping[str, float], name: str
     base, sums = base_tensors(adapted), trained_parameters(adapted, name)
     parts = {part: trained_parameters(adapted, part) for part in weights}
     with torch.no_grad():
+        for key, step in saved_tensors(adapted, name).items():
+            if key.endswith(WARMUP_STEP):
+                step.fill_(adapted.config.lambda_warmup_steps)
         for key, target in sums.items():
             plain = key.removeprefix(_PREFIX)
             if plain in base:
@@ -295,6 +322,24 @@ def _wake_dead_pairs(adapted: PeftModel, name: str) -> None:
             continue
         if not (layer.get_base_layer().weight.any() or partner.get_base_layer().weight.any()):
             nn.init.kaiming_uniform_(layer.lora_B[name].weight, a=math.sqrt(5))
+
+
+def _warmup_steps(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The counters of lambda's warm-up, by full name; empty where there is none."""
+    return {name: step for name, step in model.named_buffers() if name.endswith(f".{WARMUP_STEP}")}
+
+
+def _check_warmup(model: nn.Module, config: LoraConfig) -> None:
+    """Raise if lambda is in the middle of a warm-up and the adapter, which does not hold it, could not save its end."""
+    steps = [step for step in base_tensors(model).items() if step[0].endswith(WARMUP_STEP)]
+    if LAMBDA in (config.modules_to_save or ()) or not steps or steps[0][1].is_meta:
+        return
+    total, step = model.config.lambda_warmup_steps, int(steps[0][1])  # type: ignore[union-attr]  # every model has one
+    if step < total:
+        raise ValueError(
+            f"lambda of the base is at step {step} of the {total} of its warm-up, and an adapter that leaves lambda "
+            "alone cannot save where it goes from there: train_lambda=true, or end it with model.lambda_warmup_steps=0"
+        )
 
 
 def _check_name(adapted: PeftModel, name: str) -> None:

@@ -71,7 +71,7 @@ class DiffAttentionV1(Attention):
         self.k1_proj = self._input_projection(self.num_kv_groups * self.head_dim)
         self.k2_proj = self._input_projection(self.num_kv_groups * self.head_dim)
         lambda_init = lambda_init_at(layer_idx) if config.lambda_init is None else config.lambda_init
-        self.lambda_full = LambdaV1(self.head_dim, lambda_init)
+        self.lambda_full = LambdaV1(self.head_dim, lambda_init, config.lambda_warmup_steps)
         self.subln = (
             nn.Identity()
             if config.subln == "none"

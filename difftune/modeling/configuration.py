@@ -42,6 +42,8 @@ class DiffTransformerConfig(PreTrainedConfig):
         subln_eps: Epsilon of that norm.
         lambda_init: Constant for all layers. Default None: ``0.8 - 0.6 exp(-0.3 l)``, l from 0.
         lambda_std_dev: Standard deviation of the lambda vectors at the start.
+        lambda_warmup_steps: Optimiser steps over which lambda of ``diff_v1`` rises from almost 0; how many were taken
+            is saved with the weights. 0 is none.
         attention_bias: Bias of the query, key and value projections (Qwen2).
         attention_out_bias: Bias of the output projection (Llama's ``attention_bias`` has both).
         qk_norm: RMSNorm of each query and key head before the rotation (Qwen3).
@@ -74,6 +76,7 @@ class DiffTransformerConfig(PreTrainedConfig):
     subln_eps: float = 1e-5
     lambda_init: float | None = None
     lambda_std_dev: float = 0.1
+    lambda_warmup_steps: int = 0
     attention_bias: bool = False
     attention_out_bias: bool = False
     qk_norm: bool = False
@@ -135,6 +138,11 @@ class DiffTransformerConfig(PreTrainedConfig):
         _one_of("attention", self.attention, ATTENTION_KINDS)
         _one_of("subln", self.subln, SUBLN_KINDS)
         _one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
+        if self.lambda_warmup_steps < 0 or (self.lambda_warmup_steps and self.attention != "diff_v1"):
+            raise ValueError(
+                f"lambda_warmup_steps={self.lambda_warmup_steps} with attention={self.attention!r}: must be 0, or a "
+                "number of optimiser steps with attention='diff_v1', whose lambda it warms up"
+            )
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         _one_of("rope_type", rope_type, ("default", *ROPE_INIT_FUNCTIONS))
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads

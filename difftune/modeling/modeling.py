@@ -70,6 +70,8 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, LambdaV1):
             for parameter in module.parameters():
                 init.normal_(parameter, mean=0.0, std=self.config.lambda_std_dev)
+            for step in module.buffers():
+                init.zeros_(step)
 
 
 class DiffTransformerModel(DiffTransformerPreTrainedModel):
@@ -233,6 +235,25 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         if rope_parameters is not None:
             self.config.rope_parameters = dict(rope_parameters)
         self.model.rotary_emb = build_rotary(self.config).to(self.device)
+
+    def warm_up_lambda(self, steps: int) -> None:
+        """Begin a warm-up of lambda, in place: from almost 0 to its value over so many optimiser steps.
+
+        Args:
+            steps: 0 ends a warm-up, and lambda is whole at once.
+
+        Raises:
+            ValueError: If the model is not ``diff_v1``, or ``steps`` is negative.
+        """
+        if self.config.attention != "diff_v1" or steps < 0:
+            raise ValueError(
+                f"lambda_warmup_steps={steps} for a {self.config.attention} model: lambda of diff_v1 alone is warmed "
+                "up, over 0 or more optimiser steps; leave it out"
+            )
+        self.config.lambda_warmup_steps = steps
+        for module in self.modules():
+            if isinstance(module, LambdaV1):
+                module.warm_up(steps)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:
