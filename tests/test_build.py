@@ -3,6 +3,7 @@ import torch
 
 from difftune.build import build_data, build_model, build_module, build_tokenizer, fresh_architecture, total_steps
 from difftune.config import load_config
+from difftune.modeling.lambdas import warming_up
 from tests.conftest import ROOT
 
 EPOCHS = ("trainer.max_epochs=3", "data.packing=false", "data.micro_batch_size=16")
@@ -65,3 +66,27 @@ def test_the_schedule_ends_with_the_limit_that_comes_first(overrides, expected):
     assert total_steps(stage, data) == expected
     module = build_module(stage, build_model(config.model, tokenizer, 0), data)
     assert module.total_steps == expected and module.betas == (0.9, 0.95)
+
+
+def test_a_loaded_model_begins_a_warm_up_of_lambda_and_later_stages_go_on_with_it(tmp_path):
+    config = load()
+    tokenizer = build_tokenizer(config)
+    build_model(config.model, tokenizer, 0).save_pretrained(tmp_path / "cold")
+    tokenizer.save_pretrained(tmp_path / "cold")
+    warm = load(f"model.path={tmp_path / 'cold'}", "model.lambda_warmup_steps=50", "tokenizer=null")
+    model = build_model(warm.model, tokenizer, 0)
+    for module in warming_up(model):
+        module.advance()
+    model.save_pretrained(tmp_path / "stage")
+    later = build_model(warm.model, tokenizer, 0, start_from=tmp_path / "stage")
+    assert {int(module.get_buffer("warmup_step")) for module in warming_up(later)} == {1}
+    again = load(f"model.path={tmp_path / 'stage'}", "tokenizer=null")
+    assert {int(m.get_buffer("warmup_step")) for m in warming_up(build_model(again.model, tokenizer, 0))} == {1}
+    ended = load(f"model.path={tmp_path / 'stage'}", "model.lambda_warmup_steps=0", "tokenizer=null")
+    assert not list(warming_up(build_model(ended.model, tokenizer, 0)))
+
+
+def test_a_fresh_model_can_warm_lambda_up():
+    config = load("model.lambda_warmup_steps=50")
+    model = build_model(config.model, build_tokenizer(config), 0)
+    assert all(float(module()) < 0.8 / 51 + 0.01 for module in warming_up(model)) and list(warming_up(model))

@@ -305,6 +305,7 @@ def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monke
 
     monkeypatch.setattr(sys.modules["difftune.run"], "convert", convert, raising=False)
     options = ["--to", "diff_v1", "--out=o", "--text", "t.txt", "--subln", "none", "--lambda-init", "0.1"]
+    options += ["--lambda-warmup-steps", "200"]
     assert (
         cli.main(["convert", "owner/name", *options, "--dtype", "bfloat16", "--max-shard-gb", "2", "--overwrite"]) == 0
     )
@@ -315,6 +316,7 @@ def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monke
         "text": Path("t.txt"),
         "subln": "none",
         "lambda_init": 0.1,
+        "lambda_warmup_steps": 200,
         "dtype": "bfloat16",
         "max_shard_gb": 2.0,
         "overwrite": True,
@@ -337,6 +339,10 @@ def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monke
         (
             ["convert", "s", "--to", "diff_v1", "--out", "o", "--lambda-init", "small"],
             "--lambda-init must be a number, got 'small'",
+        ),
+        (
+            ["convert", "s", "--to", "diff_v1", "--out", "o", "--lambda-warmup-steps", "1.5"],
+            "--lambda-warmup-steps must be a whole number of optimiser steps, got '1.5'",
         ),
         (["fit", "--to", "diff_v2"], "--to is not an option of fit, but of convert"),
     ],

@@ -72,6 +72,7 @@ def test_problems_are_collected_and_name_their_stage() -> None:
     "overrides",
     [
         ["model.path=m", "model.max_position_embeddings=65536", "model.rope_parameters={rope_theta: 640000.0}"],
+        ["model.path=m", "model.lambda_warmup_steps=100"],
         ["trainer.max_steps=-1", "trainer.max_time=00:00:10:00"],
         ["checkpoint.best_metric=eval/a/accuracy", "evaluation.tasks=[{path: x/a.jsonl}]"],
         ["checkpoint.best_metric=eval/a/mean_length", "checkpoint.best_mode=min", "evaluation.tasks=[{path: a}]"],

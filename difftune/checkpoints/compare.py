@@ -132,6 +132,8 @@ def compare(source: StreamedModel, target: StreamedModel, rows: dict[str, list[l
     input_ids = torch.tensor([row + [0] * (longest - len(row)) for _, row in flat])
     before, head_before = source.run(input_ids)
     after, head_after = target.run(input_ids)
+    if before.dtype != after.dtype:
+        before, head_before, after, head_after = (t.double() for t in (before, head_before, after, head_after))
     if torch.equal(head_before, head_after):
         head_after = head_before
     differences = []

@@ -21,6 +21,7 @@ from difftune.checkpoints.load import load_model
 from difftune.modeling import DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import activate_adapter, add_adapter, trained_parameters
+from difftune.modeling.lambdas import warming_up
 from difftune.training.checkpoint_io import AtomicCheckpointIO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,3 +279,21 @@ def test_the_commands_of_the_documentation_run_in_their_order(make_model, tokeni
     said = capsys.readouterr().out
     assert "trainable" in said and "merged: logits differ by at most" in said and "PEFT does not apply" in said
     assert type(names["model"].get_base_model()).__name__ == "DiffLlamaForCausalLM"
+
+
+def test_an_adapter_in_a_warm_up_of_lambda_is_saved_with_its_step(make_model, tmp_path):
+    make_model(lambda_warmup_steps=9).save_pretrained(tmp_path / "base")
+    adapted = train(add_adapter(load_model(tmp_path / "base"), AdapterSettings()))
+    for module in warming_up(adapted):
+        module.advance()
+        module.advance()
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_with_base(tmp_path / "adapter", trainable=True)
+    assert torch.equal(logits(again), logits(adapted))
+    assert [int(module.get_buffer("warmup_step")) for module in warming_up(again)] == [2] * 3
+    with_peft = PeftModel.from_pretrained(load_model(tmp_path / "base"), str(tmp_path / "adapter")).eval()
+    assert torch.equal(logits(with_peft), logits(adapted))
+    # Another base: the same weights without a warm-up.
+    make_model().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="lambda_warmup_steps is 0 here and 9 there"):
+        load_adapter(load_model(tmp_path / "other"), tmp_path / "adapter")

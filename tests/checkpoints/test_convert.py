@@ -6,7 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from difftune.checkpoints import convert as convert_file
 from difftune.checkpoints.convert import convert_checkpoint
-from tests.checkpoints.llamas import make_llama
+from difftune.checkpoints.load import load_model
+from difftune.modeling.lambdas import WARMUP_STEP, warming_up
+from tests.checkpoints.llamas import logits, make_llama, token_ids
 
 
 @pytest.fixture
@@ -96,8 +98,12 @@ def test_rounding_is_not_called_exact(source: Path, tmp_path: Path) -> None:
         ({"to": "diff_v3"}, "unknown target 'diff_v3': choose one of diff_v2, diff_v1, diffllama, unilm, llama"),
         (
             {"to": "diff_v2", "subln": "none"},
-            "subln='none', lambda_init=None: only a softmax model that becomes diff_v1",
+            "subln='none': only a softmax model that becomes diff_v1 has this choice; leave it out, source is softmax",
         ),
+        ({"to": "diff_v2", "lambda_warmup_steps": 9}, "lambda_warmup_steps=9: only a softmax model that becomes diff_v1"),
+        ({"to": "diffllama", "lambda_warmup_steps": 9}, "lambda_warmup_steps=9: .* the target is diffllama"),
+        ({"to": "diff_v1", "lambda_warmup_steps": -1}, r"lambda_warmup_steps=-1 .*must be 0, or a number of optimiser"),
+        ({"to": "diff_v1", "lambda_init": 1.0}, r"lambda_init=1\.0: must be below 1"),
         ({"to": "diff_v2", "out_dir": "source"}, "exists: choose another folder"),
         ({"to": "diff_v2", "out_dir": "source", "overwrite": True}, "is the source itself: choose another folder"),
         ({"to": "diff_v2", "text": "empty.txt"}, r"empty\.txt is empty"),
@@ -132,3 +138,51 @@ def test_kinds_that_do_not_become_one_another_are_refused(tmp_path: Path, make_m
     with pytest.raises(ValueError, match="num_attention_heads=9, num_key_value_heads=3: diff_v1 pairs heads"):
         convert_checkpoint(tmp_path / "odd", "diff_v1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("subln", ["none", "plain"])
+def test_lambda_can_start_near_zero_and_be_warmed_up(tmp_path: Path, source: Path, subln: str) -> None:
+    options = {"subln": subln, "lambda_init": 0.4}
+    conversion = convert_checkpoint(source, "diff_v1", tmp_path / "warm", lambda_warmup_steps=10**6, **options)
+    assert "lambda warmed up over 1,000,000 optimiser steps" in (tmp_path / "warm" / "README.md").read_text()
+    model = load_model(tmp_path / "warm")
+    assert all(0 < layer.self_attn.lambda_full().item() < 1e-6 for layer in model.model.layers)
+    # What was measured is the model as it starts: with no norm, that of lambda 0.
+    convert_checkpoint(source, "diff_v1", tmp_path / "zero", subln=subln, lambda_init=0.0)
+    ids = token_ids(2, 30)
+    torch.testing.assert_close(logits(model, ids), logits(load_model(tmp_path / "zero"), ids), rtol=0, atol=1e-4)
+    # At the end it is the model of the same lambda without a warm-up, but for the scale that training has to find.
+    convert_checkpoint(source, "diff_v1", tmp_path / "cold", **options)
+    cold = load_model(tmp_path / "cold")
+    model.warm_up_lambda(0)
+    if subln == "none":
+        for layer in cold.model.layers:
+            layer.self_attn.o_proj.weight.data *= 1 - 0.4
+    torch.testing.assert_close(logits(model, ids), logits(cold, ids), rtol=0, atol=1e-5)
+    assert not conversion.exact
+
+
+def test_a_warm_up_stays_in_our_format_until_it_has_ended(tmp_path: Path, make_model) -> None:
+    model = make_model(lambda_warmup_steps=20, subln="plain", head_dim=None)
+    for step, refused in ((7, True), (20, False)):
+        for module in warming_up(model):
+            module.get_buffer(WARMUP_STEP).fill_(step)
+        folder = tmp_path / f"at{step}"
+        model.save_pretrained(folder)
+        convert_checkpoint(folder, "diff_v1", tmp_path / f"ours{step}", dtype=torch.bfloat16)
+        again = load_model(tmp_path / f"ours{step}")
+        assert [int(module.get_buffer(WARMUP_STEP)) for module in warming_up(again)] == [step] * 3
+        for to in ("diffllama", "unilm"):
+            out = tmp_path / f"{to}{step}"
+            if refused:
+                with pytest.raises(ValueError, match=r"warmup_step: lambda is at step 7 of the 20 .* Train on to its end"):
+                    convert_checkpoint(folder, to, out)
+                assert not out.exists()
+            else:
+                assert convert_checkpoint(folder, to, out).exact
+                assert not any(WARMUP_STEP in name for name in load_file(out / "model.safetensors"))
+
+
+def test_float64_is_compared_in_float64(source: Path, tmp_path: Path) -> None:
+    (difference,) = convert_checkpoint(source, "diff_v2", tmp_path / "out", dtype=torch.float64).differences
+    assert difference.within_budget and load_model(tmp_path / "out").dtype == torch.float64

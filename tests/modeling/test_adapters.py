@@ -16,8 +16,10 @@ from difftune.modeling.adapters import (
     file_key,
     lora_layers,
     merged_tensors,
+    saved_tensors,
     trained_parameters,
 )
+from difftune.modeling.lambdas import warming_up
 from difftune.training.optim import build_parameter_groups
 
 KINDS = ("diff_v1", "diff_v2", "softmax")
@@ -295,3 +297,47 @@ def test_quantised_weights_are_not_merged():
 def test_a_config_of_peft_is_taken_as_it_is():
     adapted = add_adapter(build(), LoraConfig(r=2, target_modules=["k2_proj"]))
     assert count_adapter_parameters(adapted).keys() == {"lora negative", "trainable", "total"}
+
+
+def test_a_warm_up_of_lambda_goes_on_in_the_adapter_and_the_base_stays():
+    model = build(lambda_warmup_steps=4)
+    plain = logits(model)
+    adapted = trained(model, AdapterSettings(rank=2), "one")
+    for module in warming_up(adapted):
+        module.advance()
+        module.advance()
+    name = "model.layers.1.self_attn.lambda_full.warmup_step"
+    assert base_tensors(adapted)[name] == 0 and merged_tensors(adapted, "one")[name] == 2
+    assert saved_tensors(adapted, "one")[f"base_model.model.{name}"] == 2
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), plain)
+    alone = build(lambda_warmup_steps=4)
+    alone.load_state_dict(merged_tensors(adapted, "one"))
+    torch.testing.assert_close(logits(alone), logits(adapted), rtol=0, atol=1e-5)
+
+    trained(adapted, AdapterSettings(rank=2), "two")
+    for module in warming_up(adapted):
+        module.advance()
+    steps = [merged_tensors(adapted, each)[name].item() for each in ("one", "two")]
+    assert steps == [2, 1], "an adapter that is not trained stands still"
+    with pytest.raises(ValueError, match="lambda of adapter 'one' is at step 2 of the 4 of its warm-up"):
+        combine_adapters(adapted, {"one": 0.5, "two": 0.5}, "both")
+    assert "both" not in adapted.peft_config
+    for each in ("one", "two"):
+        activate_adapter(adapted, each, trainable=True)
+        for module in warming_up(adapted):
+            for _ in range(3):
+                module.advance()
+    combine_adapters(adapted, {"one": 0.5, "two": 0.5}, "both")
+    assert merged_tensors(adapted, "both")[name] == 4
+
+
+def test_an_adapter_that_leaves_lambda_alone_does_not_go_on_a_base_in_its_warm_up():
+    settings = AdapterSettings(train_lambda=False)
+    model = build(lambda_warmup_steps=4)
+    with pytest.raises(ValueError, match=r"lambda of the base is at step 0 of the 4 .*: train_lambda=true, or end it"):
+        add_adapter(model, settings)
+    for module in warming_up(model):
+        module.get_buffer("warmup_step").fill_(4)
+    adapted = add_adapter(model, settings)
+    assert not [key for key in saved_tensors(adapted) if key.endswith("warmup_step")]
