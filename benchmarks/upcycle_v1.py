@@ -1,9 +1,11 @@
 """What a Llama loses when it becomes DIFF V1, for each way to initialise it: after the conversion, and after training.
 
-python -m benchmarks.upcycle_v1 [--steps 500] [--recovery 50] [--hidden-size 128]
+python -m benchmarks.upcycle_v1 [--steps 300] [--recovery 50] [--hidden-size 128] [--seeds 3]
 
 A small Llama is trained for some minutes on Python's standard library as bytes. Each way converts it; the loss is taken
-on files that were held out, right away and after some steps of training, the same for all.
+on files that were held out, right away and after some steps of training, the same for all. In a warm-up lambda rises
+from almost 0 to its value over the first half of those steps. Shown is how far the loss is above that of the Llama of
+the same seed, which is trained on by as many steps: the median over the seeds, and the range.
 """
 
 import argparse
@@ -16,13 +18,15 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import machine, table
+from benchmarks.common import machine, spread, table
 from difftune.checkpoints.llama import config_from_llama
 from difftune.checkpoints.streams import in_order
 from difftune.checkpoints.upcycle import config_to_v1, config_to_v2, to_diff_v1, to_diff_v2
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling.lambdas import warming_up
 
 LENGTH, ROWS = 192, 8
+SOURCE, WARM = "the Llama itself", ", warmed up"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -50,13 +54,15 @@ def train(model: nn.Module, content: torch.Tensor, steps: int, lr: float, seed: 
         model(input_ids=ids, labels=ids).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        for module in warming_up(model):
+            module.advance()
     return model
 
 
 @torch.no_grad()
-def loss(model: nn.Module, content: torch.Tensor) -> float:
+def loss(model: nn.Module, content: torch.Tensor, count: int) -> float:
     model.eval()
-    rows = rows_of(content, 64, torch.Generator().manual_seed(0)).split(16)
+    rows = rows_of(content, count, torch.Generator().manual_seed(0)).split(16)
     return sum(model(input_ids=ids, labels=ids).loss.item() for ids in rows) / len(rows)
 
 
@@ -89,27 +95,26 @@ def as_it_is(config: DiffTransformerConfig, tensors: Tensors) -> None:
     """What `difftune convert` writes."""
 
 
+# Name, norm, lambda, what is changed after the conversion; "warmed up" in the name is read too.
 WAYS: list[tuple[str, str, float | None, Callable[[DiffTransformerConfig, Tensors], None]]] = [
     ("no norm, lambda 0.05", "none", 0.05, as_it_is),
+    (f"no norm, lambda 0.05{WARM}", "none", 0.05, as_it_is),
     ("no norm, lambda 0.1", "none", 0.1, as_it_is),
     ("no norm, lambda by depth", "none", None, as_it_is),
+    (f"no norm, lambda by depth{WARM}", "none", None, as_it_is),
     ("no norm, lambda 0.1, second map a copy of the first", "none", 0.1, mirrored),
     ("no norm, lambda -1 (adds the maps)", "none", -1.0, as_it_is),
     ("norm, lambda 0.05", "plain", 0.05, as_it_is),
+    (f"norm, lambda 0.05{WARM}", "plain", 0.05, as_it_is),
     ("norm, lambda by depth", "plain", None, as_it_is),
+    (f"norm, lambda by depth{WARM}", "plain", None, as_it_is),
     ("norm, lambda by depth, heads not scaled", "plain", None, unscaled),
 ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--recovery", type=int, default=50)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+def measure(seed: int, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Loss after the conversion and after the training that follows, by way, from a Llama of this seed."""
+    torch.manual_seed(seed)
     learned, held_out = library_bytes()
     config = LlamaConfig(
         vocab_size=256,
@@ -124,23 +129,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         bos_token_id=None,
         eos_token_id=None,
     )
-    source = train(LlamaForCausalLM(config), learned, args.steps, 3e-3, seed=1)
+    source = train(LlamaForCausalLM(config), learned, args.steps, 3e-3, seed=2 * seed + 1)
     own = config_from_llama(config)
     tensors = {name: tensor for name, tensor in source.state_dict().items() if name != "lm_head.weight"}
 
-    def measured(name: str, model: nn.Module) -> list[str]:
-        right_away = loss(model, held_out)
-        trained = train(copy.deepcopy(model), learned, args.recovery, 5e-4, seed=2)
-        return [name, f"{right_away:.3f}", f"{loss(trained, held_out):.3f}"]
+    def losses(model: nn.Module) -> tuple[float, float]:
+        right_away = loss(model, held_out, args.held_out)
+        trained = train(copy.deepcopy(model), learned, args.recovery, 5e-4, seed=2 * seed + 2)
+        return right_away, loss(trained, held_out, args.held_out)
 
-    rows = [measured("the Llama itself", source)]
-    rows.append(measured("DIFF V2", build(config_to_v2(own), dict(to_diff_v2(own, in_order(tensors))))))
+    found = {SOURCE: losses(source)}
+    found["DIFF V2"] = losses(build(config_to_v2(own), dict(to_diff_v2(own, in_order(tensors)))))
     for name, subln, lambda_init, change in WAYS:
-        target = config_to_v1(own, subln=subln, lambda_init=lambda_init)
+        steps = max(1, args.recovery // 2) if name.endswith(WARM) else 0
+        target = config_to_v1(own, subln=subln, lambda_init=lambda_init, lambda_warmup_steps=steps)
         converted = dict(to_diff_v1(own, target, in_order(tensors)))
         change(target, converted)
-        rows.append(measured(name, build(target, converted)))
-    print(f"Loss on held-out bytes, nats; Llama of hidden {args.hidden_size}, {args.steps} steps; 8 heads, 4 key/value")
+        found[name] = losses(build(target, converted))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--recovery", type=int, default=50)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=64, help="rows of 192 bytes for the loss")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    found = [measure(seed, args) for seed in range(args.seeds)]
+    of_source = [spread([one[SOURCE][when] for one in found], 3) for when in (0, 1)]
+    rows = []
+    for name in found[0]:
+        if name != SOURCE:
+            lost = ([one[name][when] - one[SOURCE][when] for one in found] for when in (0, 1))
+            rows.append([name, *[spread(values, 3) for values in lost]])
+    print(
+        f"Loss on held-out bytes above that of the Llama, nats: hidden {args.hidden_size}, 8 heads, 4 key/value, "
+        f"{args.steps} steps; median of {args.seeds} seeds (range)"
+    )
+    print(f"The Llama itself: {of_source[0]}, after {args.recovery} more steps {of_source[1]}")
     print(machine(args.threads, "transformers"))
     print(table(["way", "after conversion", f"after {args.recovery} steps"], rows))
 

@@ -75,7 +75,7 @@ class StreamedModel:
     def run(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states after the final norm, ``(B, T, C)``, and the weight of the head, ``(V, C)``.
 
-        In float32, or in float64 if the weights are stored so.
+        The states in float32, or in float64 if the weights are stored so; the head as it is stored.
         """
         with torch.device("meta"):
             model: Any = self.model_class(self.config)
@@ -99,7 +99,9 @@ class StreamedModel:
                 if self.config.tie_word_embeddings:
                     kept[HEAD] = items[unit]
             prefix = unit.removesuffix("weight")
-            module.load_state_dict({n.removeprefix(prefix): t.to(dtype) for n, t in items.items()}, assign=True)
+            # Popped, so that a layer is not held in both dtypes.
+            state = {name.removeprefix(prefix): items.pop(name).to(dtype) for name in list(items)}
+            module.load_state_dict(state, assign=True)
 
         parts = [(body.embed_tokens, EMBEDDING), (body.norm, NORM)]
         parts += [(layer, f"model.layers.{i}.") for i, layer in enumerate(body.layers)]
@@ -108,7 +110,7 @@ class StreamedModel:
             module.register_forward_hook(_give_back)
         hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
         head = kept[HEAD] if self.config.tie_word_embeddings else take(HEAD)[HEAD]
-        return hidden, head.to(dtype)
+        return hidden, head
 
 
 def _give_back(module: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -132,10 +134,11 @@ def compare(source: StreamedModel, target: StreamedModel, rows: dict[str, list[l
     input_ids = torch.tensor([row + [0] * (longest - len(row)) for _, row in flat])
     before, head_before = source.run(input_ids)
     after, head_after = target.run(input_ids)
-    if before.dtype != after.dtype:
-        before, head_before, after, head_after = (t.double() for t in (before, head_before, after, head_after))
-    if torch.equal(head_before, head_after):
-        head_after = head_before
+    dtype = torch.promote_types(before.dtype, after.dtype)
+    same_head = head_before.dtype == head_after.dtype and torch.equal(head_before, head_after)
+    head_before = head_before.to(dtype)
+    head_after = head_before if same_head else head_after.to(dtype)
+    before, after = before.to(dtype), after.to(dtype)
     differences = []
     for kind in rows:
         members = [(i, len(row)) for i, (own, row) in enumerate(flat) if own == kind]
