@@ -1,23 +1,36 @@
 """A model folder for others: complete in its place or not there at all, with a card that says what it is."""
 
+import logging
 import platform
+import re
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 
 import difftune
+
+log = logging.getLogger(__name__)
+
+# In the hidden folder beside the place: who writes there holds the lock, which the system frees when it dies.
+_LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
 @contextmanager
 def new_folder(out_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write in, and rename it to its place when the block ends without an error.
 
-    On any error nothing is left behind, and a folder that was to be overwritten is untouched.
+    On any error, Ctrl-C or SIGTERM nothing is left behind, and a folder that was to be overwritten is untouched. What a
+    process left that could not tidy up (SIGKILL, a power cut) is hidden, and the next call for the same place removes
+    it.
 
     Args:
         out_dir: Where the folder shall be.
@@ -34,16 +47,19 @@ def new_folder(out_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path
         ...     (folder / "config.json").write_text("{}")
     """
     target = Path(out_dir).expanduser().absolute()
+    _remove_leftovers(target)
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        written = work / target.name
-        written.mkdir()
-        yield written
-        _put_in_place(written, target, work / "replaced")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _exit_on_sigterm():
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            with FileLock(work / _LOCK):
+                written = work / _NEW / target.name
+                written.mkdir(parents=True)
+                yield written
+                _put_in_place(written, target, work / _OLD)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def check_target(out_dir: str | Path, *, overwrite: bool = False) -> None:
@@ -120,13 +136,48 @@ pipeline_tag: text-generation
 {below}"""
 
 
-def _put_in_place(written: Path, target: Path, replaced: Path) -> None:
-    """Rename the finished folder to its place; the one that stood there survives a failure."""
-    if target.exists():
-        target.rename(replaced)
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise, so that the process tidies up; its exit code is the one of a process that a signal ended."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # somebody else answers it, or nobody can here
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, leave)
     try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the hidden folders of processes that died while they wrote to this place; those of living ones stay."""
+    hidden = re.compile(re.escape(f".{target.name}.") + r"[^.]+\.partial")
+    folders = target.parent.iterdir() if target.parent.is_dir() else ()
+    for work in [folder for folder in folders if hidden.fullmatch(folder.name) and (folder / _LOCK).is_file()]:
+        try:
+            with FileLock(work / _LOCK).acquire(timeout=0):
+                # It died between taking the old folder away and putting the new one there.
+                if (work / _OLD).is_dir() and not target.exists():
+                    (work / _OLD).rename(target)
+                    log.warning("%s is back: a process died while it replaced it", target)
+                shutil.rmtree(work, ignore_errors=True)
+        except Timeout:
+            continue
+        log.warning("removed %s, which a process that died had left unfinished", work)
+
+
+def _put_in_place(written: Path, target: Path, replaced: Path) -> None:
+    """Rename the finished folder to its place; the one that stood there survives a failure and an interruption."""
+    try:
+        if target.exists():
+            target.rename(replaced)
         written.rename(target)
-    except OSError:
-        if replaced.exists():
+    except BaseException:
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise

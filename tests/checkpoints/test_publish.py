@@ -1,4 +1,6 @@
+import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch:
     (target / "config.json").write_text("old")
 
     def failing(path: Path, to: Path) -> None:
-        if to == target and path.parent.name.endswith(".partial") and path.name == "out":
+        if to == target and path.parent.name == "new":
             raise OSError(28, "No space left on device")
         rename(path, to)
 
@@ -66,3 +68,75 @@ def test_the_card_tells_how_to_load_and_every_row() -> None:
     assert "import difftune.modeling\n" in card and '"mine"' in card
     assert "| source | there |\n| written with | torch" in card and card.endswith("\nmore\n")
     assert "import difftune" not in usage("mine", needs_difftune=False)
+
+
+def left_by_a_dead_process(parent: Path, name: str, *, with_old: bool = False) -> Path:
+    work = parent / f".{name}.x1y2.partial"
+    (work / "new" / name).mkdir(parents=True)
+    (work / "lock").touch()
+    if with_old:
+        (work / "old").mkdir()
+        (work / "old" / "config.json").write_text("old")
+    return work
+
+
+def test_what_a_dead_process_left_is_removed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    work, other = left_by_a_dead_process(tmp_path, "out"), left_by_a_dead_process(tmp_path, "out.2")
+    with caplog.at_level(logging.WARNING), new_folder(tmp_path / "out") as folder:
+        (folder / "config.json").touch()
+    assert not work.exists() and other.exists(), "that of another place is left alone"
+    assert caplog.messages == [f"removed {work}, which a process that died had left unfinished"]
+
+
+def test_a_folder_that_a_dead_process_had_taken_away_comes_back(tmp_path: Path) -> None:
+    work, target = left_by_a_dead_process(tmp_path, "out", with_old=True), tmp_path / "out"
+    with pytest.raises(ValueError, match="exists: choose another folder"), new_folder(target):
+        pass
+    assert (target / "config.json").read_text() == "old" and not work.exists()
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as first:
+        with pytest.raises(KeyError), new_folder(tmp_path / "out") as second:
+            assert first.is_dir() and second.is_dir()
+            raise KeyError
+        (first / "config.json").write_text("first")
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("at", ["before", "between", "after"])
+def test_a_termination_while_the_folder_is_replaced_keeps_one_of_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    target, rename, calls = tmp_path / "new", os.rename, []
+    target.mkdir()
+    (target / "config.json").write_text("old")
+
+    def interrupted(path: Path, to: Path) -> None:
+        calls.append(path)
+        if (at, len(calls)) == ("before", 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        rename(path, to)
+        if (at, len(calls)) in (("between", 1), ("after", 2)):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit) as raised, new_folder(target, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert raised.value.code == 143
+    assert (target / "config.json").read_text() == ("new" if at == "after" else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_that_is_there_stays(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            os.kill(os.getpid(), signal.SIGTERM)
+            (folder / "config.json").touch()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] and (tmp_path / "out").is_dir()

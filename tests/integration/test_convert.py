@@ -1,6 +1,10 @@
 """Whole conversions of tiny models, from a folder to a folder, as the command does them."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from difftune.checkpoints.convert import convert_checkpoint
 from difftune.checkpoints.load import load_model
 from difftune.modeling import DiffTransformerForCausalLM
 from tests.checkpoints.llamas import cached_logits, each_kind, logits, make_llama, token_ids, truly_float64
+from tests.conftest import ROOT
 
 __all__ = ["truly_float64"]  # a fixture
 MADE_BY_V2 = ("q1_proj", "q2_proj", "lambda_proj")
@@ -137,6 +142,44 @@ def test_the_command_carries_along_what_belongs_to_a_model(
     assert cli.main(command) == 2
     assert "exists: choose another folder, or overwrite" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_like_a_result(tmp_path: Path) -> None:
+    """Real processes, killed once the first part of the weights is on the disk; hundreds are to come."""
+    large = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    make_llama("llama", **large).save_pretrained(tmp_path / "source")
+    source = str(tmp_path / "source")
+    old = tmp_path / "SIGTERM"
+    old.mkdir()
+    (old / "config.json").write_text("old")
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(ROOT / "cli.py"), "convert", source, "--to", "diff_v2"]
+        options = ["--out", str(tmp_path / name), "--max-shard-gb", "0.0005", "--overwrite"]
+        return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def parts(name: str) -> list[Path]:
+        return list(tmp_path.glob(f".{name}.*.partial/new/{name}/*.part"))
+
+    expected = {"SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "SIGKILL": -signal.SIGKILL}
+    processes = {name: start(name) for name in expected}
+    try:
+        waiting = dict(processes)
+        while waiting:
+            for name in [name for name in waiting if parts(name)]:
+                waiting.pop(name).send_signal(getattr(signal, name))
+            assert all(process.poll() is None for process in waiting.values())
+            time.sleep(0.002)
+        assert {name: process.wait(timeout=60) for name, process in processes.items()} == expected
+    finally:
+        for process in processes.values():
+            process.kill()
+    assert (old / "config.json").read_text() == "old"
+    (hidden,) = (path for path in tmp_path.iterdir() if path.name not in ("source", "SIGTERM"))
+    assert hidden.match(".SIGKILL.*.partial")
+
+    convert_checkpoint(source, "diff_v2", tmp_path / "SIGKILL")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SIGKILL", "SIGTERM", "source"]
 
 
 @pytest.fixture
