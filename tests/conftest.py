@@ -34,10 +34,11 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device, and those marked `real` unless they are asked for."""
+    reasons = {} if torch.cuda.is_available() else {"gpu": "needs a CUDA device"}
+    if "real" not in config.getoption("markexpr"):
+        reasons["real"] = "takes minutes: make test-real, or -m real"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for mark in reasons.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reasons[mark]))

@@ -132,10 +132,8 @@ def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> tuple[PreTrain
     model_type = AutoConfig.from_pretrained(**where).model_type
     if model_type not in FAMILIES:
         raise ValueError(f"{path} holds model_type {model_type!r}; of the Llama family are read: {_listed()}")
-    # Before transformers 5.20 there is no such option, and weights are always dequantised.
-    config_class = getattr(transformers, "GgufConfig", None)
-    options = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype or torch.float32, **options)
+    unpacked = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype or torch.float32, quantization_config=unpacked)
     config, tensors = model.config, model.state_dict()
     del model
     if config.tie_word_embeddings:

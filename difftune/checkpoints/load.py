@@ -15,6 +15,9 @@ from difftune.checkpoints.folders import (
     read_training_weights,
     resolve_folder,
 )
+from difftune.checkpoints.llama import FAMILIES
+from difftune.checkpoints.shards import STATE_DICT_SUFFIXES
+from difftune.checkpoints.unilm_config import UNILM_MODEL_TYPE
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 
 _READABLE = (
@@ -46,6 +49,9 @@ def load_model(
     Example:
         >>> model = load_model("runs/quickstart/export")  # doctest: +SKIP
     """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file() and path.suffix in (*STATE_DICT_SUFFIXES, ".gguf"):
+        raise ValueError(f"{path} is a file, and models are loaded from folders: {_how_to_convert(path)}")
     folder = resolve_folder(path_or_hub_id)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json{_what_it_is(folder)}; {_READABLE}")
@@ -55,7 +61,9 @@ def load_model(
     elif model_type == "difftune":
         model = _load_difftune(folder, dtype, attention_backend)
     else:
-        raise ValueError(f"{folder} holds model_type {model_type!r}, which is not readable; {_READABLE}")
+        foreign = model_type == UNILM_MODEL_TYPE or model_type in FAMILIES
+        what_to_do = _how_to_convert(path_or_hub_id, str(model_type)) if foreign else _READABLE
+        raise ValueError(f"{folder} holds model_type {model_type!r}, which is not readable; {what_to_do}")
     model.config._name_or_path = str(path_or_hub_id)
     return model
 
@@ -74,6 +82,14 @@ def _load_difftune(
     model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     model.generation_config = read_generation_config(folder) or model.generation_config
     return model
+
+
+def _how_to_convert(source: str | Path, model_type: str | None = None) -> str:
+    """The command for a checkpoint that is converted once and then loaded."""
+    if model_type is None and (Path(source).parent / "config.json").is_file():
+        model_type = read_json(Path(source).parent / "config.json").get("model_type")
+    to = "diff_v1" if model_type == UNILM_MODEL_TYPE else "diff_v2"
+    return f"convert it once, `difftune convert {source} --to {to} --out DIR`, and load DIR"
 
 
 def _what_it_is(folder: Path) -> str:
