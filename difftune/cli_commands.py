@@ -133,7 +133,9 @@ COMMANDS = {
                 "subln", "norm of each head, for a Llama that becomes diff_v1: plain (default), affine or none", "NAME"
             ),
             Option("lambda-init", "lambda at the start, for the same (0.05)", "X"),
-            Option("lambda-warmup-steps", "let that lambda rise from almost 0 over N steps of training, for the same", "N"),
+            Option(
+                "lambda-warmup-steps", "let that lambda rise from almost 0 over N steps of training, for the same", "N"
+            ),
             Option("dtype", "of the weights: float32, bfloat16 or float16; as stored by default", "NAME"),
             Option("max-shard-gb", "largest weight file, in 10^9 bytes; also what is held in memory (5)", "N"),
             Option("overwrite", "replace a model folder that is there"),

@@ -56,8 +56,8 @@ class ModelConfig:
     lambda_init: float | None = _key(None, low=0, high=1)
     """Constant part of lambda in diff_v1, the same in every layer. null: the paper's schedule by depth, 0.2 to 0.8."""
     lambda_warmup_steps: int | None = _key(None, low=0)
-    """Optimiser steps, over all stages, in which lambda of diff_v1 rises from almost 0 to its value. With `path`: begins
-    such a warm-up on a diff_v1 model, or with 0 ends the one it is in; null goes on with it."""
+    """Optimiser steps, over all stages, in which lambda of diff_v1 rises from almost 0 to its value. With `path`:
+    begins such a warm-up of the model there, or with 0 ends the one it is in; null goes on with it."""
     lambda_std_dev: float | None = _key(None, low=0)
     """Standard deviation of the four lambda vectors at initialisation."""
     attention_bias: bool | None = None

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,30 @@ def test_rounding_is_not_called_exact(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model_type": "gemma3"},
+            r"model_type 'gemma3', which is not readable; readable are: the Llama family .*qwen3",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            r"is quantised \(bitsandbytes\): packed weights are",
+        ),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1: attention here has none; set it to 0"),
+    ],
+)
+def test_models_of_another_kind_are_refused_and_nothing_is_left(
+    source: Path, tmp_path: Path, fields: dict, message: str
+) -> None:
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, "diff_v2", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"to": "diff_v3"}, "unknown target 'diff_v3': choose one of diff_v2, diff_v1, diffllama, unilm, llama"),
@@ -100,7 +125,10 @@ def test_rounding_is_not_called_exact(source: Path, tmp_path: Path) -> None:
             {"to": "diff_v2", "subln": "none"},
             "subln='none': only a softmax model that becomes diff_v1 has this choice; leave it out, source is softmax",
         ),
-        ({"to": "diff_v2", "lambda_warmup_steps": 9}, "lambda_warmup_steps=9: only a softmax model that becomes diff_v1"),
+        (
+            {"to": "diff_v2", "lambda_warmup_steps": 9},
+            "lambda_warmup_steps=9: only a softmax model that becomes diff_v1",
+        ),
         ({"to": "diffllama", "lambda_warmup_steps": 9}, "lambda_warmup_steps=9: .* the target is diffllama"),
         ({"to": "diff_v1", "lambda_warmup_steps": -1}, r"lambda_warmup_steps=-1 .*must be 0, or a number of optimiser"),
         ({"to": "diff_v1", "lambda_init": 1.0}, r"lambda_init=1\.0: must be below 1"),
@@ -175,7 +203,9 @@ def test_a_warm_up_stays_in_our_format_until_it_has_ended(tmp_path: Path, make_m
         for to in ("diffllama", "unilm"):
             out = tmp_path / f"{to}{step}"
             if refused:
-                with pytest.raises(ValueError, match=r"warmup_step: lambda is at step 7 of the 20 .* Train on to its end"):
+                with pytest.raises(
+                    ValueError, match=r"warmup_step: lambda is at step 7 of the 20 .* Train on to its end"
+                ):
                     convert_checkpoint(folder, to, out)
                 assert not out.exists()
             else:

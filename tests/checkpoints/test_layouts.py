@@ -83,6 +83,14 @@ def test_folded_norm_weight_computes_the_same(dtype: torch.dtype) -> None:
     torch.testing.assert_close(x.flatten(1) @ folded.T, expected)
 
 
+def test_folding_rounds_once() -> None:
+    """The product in float64, rounded to the weights' dtype: no fold in float32 can be closer."""
+    o_weight, norm_weight = torch.randn(64, 48), 1 + torch.randn(12)
+    product = o_weight.double() * norm_weight.double().repeat(4)
+    assert torch.equal(fold_norm_weight(o_weight, norm_weight), product.float())
+    assert torch.equal(fold_norm_weight(o_weight.double(), norm_weight.double()), product)
+
+
 def test_folding_bfloat16_weights_is_exact() -> None:
     o_weight, norm_weight = torch.randn(5, 16).bfloat16(), torch.randn(8).bfloat16()
     folded = fold_norm_weight(o_weight, norm_weight)

@@ -42,7 +42,9 @@ def test_attention_backend_is_as_stored_unless_asked(make_model: MakeModel, tmp_
 def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
     size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'llama', which is not readable; convert it once, `difftune convert"):
+    with pytest.raises(
+        ValueError, match="model_type 'llama', which is not readable; convert it once, `difftune convert"
+    ):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
     with pytest.raises(ValueError, match="model_type 'gemma3', which is not readable; readable are: a difftune folder"):
@@ -56,7 +58,9 @@ def test_microsofts_layout_and_bare_files_are_pointed_to_convert(tmp_path: Path)
     for name in ("weights.pt", "weights.safetensors"):
         (tmp_path / name).touch()
         command = rf"`difftune convert {tmp_path / name} --to diff_v1 --out DIR`, and load DIR"
-        with pytest.raises(ValueError, match=f"is a file, and models are loaded from folders: convert it once, {command}"):
+        with pytest.raises(
+            ValueError, match=f"is a file, and models are loaded from folders: convert it once, {command}"
+        ):
             load_model(tmp_path / name)
     (tmp_path / "config.json").unlink()
     (tmp_path / "m.gguf").touch()

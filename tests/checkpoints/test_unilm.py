@@ -273,8 +273,9 @@ def test_round_trip_with_a_folded_norm_keeps_the_logits(
     expected = logits(first, ids)
     for model in (last, foreign):
         assert (logits(model, ids) - expected).abs().max() <= RELATIVE_BUDGET * scale
-    # In float32 a forward rounds by more than 1e-6. In float64 the folding, which was done in float32, is all that is
-    # left.
+    # In float32 this cannot be asked to 1e-6 of the scale: one forward, of the model that was read and before any fold,
+    # is already off by more. In float64 the folding, which was rounded to float32 once, is all that is left.
+    assert (expected - by_equations).abs().max() > 1e-7 * scale
     monkeypatch.setattr(modeling_diffllama, "torch", _WideTorch())
     for model in (last, foreign):
         assert 0 < (logits(model.double(), ids) - by_equations).abs().max() <= 1e-6 * scale

@@ -51,6 +51,18 @@ def test_v2_has_the_logits_of_the_original(tmp_path: Path, truly_float64: None, 
 
 
 @each_kind
+def test_v2_keeps_the_cache_as_it_was(tmp_path: Path, model_type: str, changes) -> None:
+    source, ours = convert_v2(tmp_path, model_type, **changes)
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        before, after = (model(input_ids=ids, use_cache=True).past_key_values for model in (source, ours))
+    assert len(before.layers) == len(after.layers) == ours.config.num_hidden_layers
+    for old, new in zip(before.layers, after.layers, strict=True):
+        for kind in ("keys", "values"):
+            torch.testing.assert_close(getattr(new, kind), getattr(old, kind), rtol=0, atol=1e-4)
+
+
+@each_kind
 def test_v2_weights_are_alive_and_the_copies_part(tmp_path: Path, model_type: str, changes) -> None:
     _, ours = convert_v2(tmp_path, model_type, **changes)
     ours.train()

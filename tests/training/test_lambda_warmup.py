@@ -63,5 +63,7 @@ def test_lambda_in_16_bits_cannot_count_and_is_refused():
     for each in lambdas(module):
         each.warm_up(STEPS)
         each.bfloat16()
-    with pytest.raises(ValueError, match=r"lambda is torch\.bfloat16, in which .* cannot be counted: keep it in float32"):
+    with pytest.raises(
+        ValueError, match=r"lambda is torch\.bfloat16, in which .* cannot be counted: keep it in float32"
+    ):
         build_trainer([LambdaWarmup()], max_steps=1).fit(module, ToyData())
