@@ -2,7 +2,7 @@
 
 python -m benchmarks.adapters [--start runs/quickstart/export] [--steps 2400] [--presets attention,negative_branch,...]
 
-Each row is a run of recipes/quickstart_lora.yaml: chains of four numbers, for a model that knows those of two and three.
+Each row is a run of recipes/quickstart_lora.yaml: chains of four numbers, for a model that knows two and three.
 Leaves with code 1 if `attention` gains less than 0.9 of what the whole model gains.
 """
 

@@ -93,7 +93,7 @@ class AdapterConfig:
     """A few parameters to train beside a frozen model: low-rank updates (LoRA) of projections, and lambda whole."""
 
     preset: str | None = _key(None, choices=("lambda_only", "negative_branch", "attention", "all_linear"))
-    """LoRA on nothing (lambda alone); on q2_proj and k2_proj; on every query, key, value and output projection; on those
+    """LoRA on nothing (lambda alone); q2_proj and k2_proj; every query, key, value and output projection; those
     and the gated unit. null: `attention`, unless `targets` are given."""
     targets: list[str] = _key([])
     """Projections by name, such as [q2_proj, k2_proj, v_proj], instead of a preset."""

@@ -31,7 +31,9 @@ def check_adapter(
     if theirs is None or config is None:
         kinds = ("an adapter", "the whole model")
         saved, now = kinds if config is None else kinds[::-1]
-        raise ValueError(f"the checkpoint is of a run that trains {saved}, this one trains {now}: choose another run_dir")
+        raise ValueError(
+            f"the checkpoint is of a run that trains {saved}, this one trains {now}: choose another run_dir"
+        )
     if theirs.get(_BASE) != config.get(_BASE):
         raise ValueError(
             f"the checkpoint was trained on another base ({theirs.get('base_model_name_or_path')}) than this run has "

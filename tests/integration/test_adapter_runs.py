@@ -123,7 +123,11 @@ def test_lambda_of_the_adapter_is_what_is_monitored(finished):
 
 def test_the_export_is_peft_s_folder_with_the_trained_lambda_to_the_bit(finished):
     files = {path.name for path in (finished / "export").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files and "config.json" not in files
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    } <= files and "config.json" not in files
     exported, state = load_file(finished / "export" / "adapter_model.safetensors"), saved(last(finished))["state_dict"]
     assert len(exported) == len(state)
     for i in range(2):
@@ -204,7 +208,7 @@ def test_another_adapter_or_base_does_not_go_on_in_the_same_folder(finished, bas
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     model.save_pretrained(moved)
     (stopped / "config.yaml").write_text((stopped / "config.yaml").read_text().replace(str(base), str(moved)))
-    with pytest.raises(ValueError, match="trained on another base.*the weights are not"):
+    with pytest.raises(ValueError, match=r"trained on another base.*the weights are not"):
         run.fit(config_of(moved, stopped))
 
 
@@ -323,7 +327,7 @@ def test_a_base_that_is_gone_is_named(finished, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match="the base model of .*adapter: .*gone does not exist"):
+    with pytest.raises(ValueError, match=r"the base model of .*adapter: .*gone does not exist"):
         load_model(tmp_path / "adapter")
 
 
