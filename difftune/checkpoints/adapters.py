@@ -224,7 +224,7 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
         if not comparable:
             break
         flat = tensor.reshape(-1)
-        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16)
+        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16).contiguous()
         digest = projections if is_projection else fixed
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
