@@ -1,13 +1,16 @@
 """From a config to objects: tokenizer, model, data, module, tasks, Trainer."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from difftune.checkpoints.adapters import base_of_adapter, describe_config, load_adapter
 from difftune.checkpoints.load import load_model
 from difftune.config import Config, EvaluationConfig, ModelConfig, StageConfig
 from difftune.config_checks import task_name
@@ -18,6 +21,8 @@ from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
 from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.math import MathTask
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.modeling.adapter_settings import AdapterSettings
+from difftune.modeling.adapters import add_adapter
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
 from difftune.training.checkpoint import Checkpointing
@@ -40,7 +45,10 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     # A checkpoint has no tokenizer of its own; that of its run lies above it.
     above = [folder / "tokenizer" for folder in Path(path).absolute().parents[:3]]
     own = (Path(path) / "tokenizer_config.json").is_file()
-    return build_named_tokenizer(path if own else next((str(folder) for folder in above if folder.is_dir()), path))
+    near = path if own else next((str(folder) for folder in above if folder.is_dir()), None)
+    if near is None and (base := base_of_adapter(path)) is not None:
+        return build_tokenizer(replace(config, model=replace(config.model, path=base)))
+    return build_named_tokenizer(near or path)
 
 
 def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
@@ -101,6 +109,34 @@ def build_model(
     return model
 
 
+def build_adapter(
+    config: Config, model: DiffTransformerForCausalLM, *, start_from: Path | None = None
+) -> PeftModel | None:
+    """Put the adapter that the config asks for inside the model and freeze the rest; None if it asks for none.
+
+    Args:
+        config: The whole recipe.
+        model: The base; changed in place.
+        start_from: Checkpoint of an earlier stage, whose adapter goes on. None: a new adapter.
+
+    Raises:
+        ValueError: If the settings do not fit the model, or the checkpoint belongs to another base.
+    """
+    if config.adapter is None:
+        return None
+    if start_from is not None:
+        return load_adapter(model, start_from, trainable=True)
+    seed_everything(config.seed, verbose=False)
+    try:
+        adapted = add_adapter(model, AdapterSettings(**vars(config.adapter)))
+    except ValueError as error:
+        raise ValueError(f"adapter: {error}") from error
+    # Found again from wherever the adapter is loaded; a hub id stays one.
+    path = Path(str(config.model.path)).expanduser()
+    model.config._name_or_path = str(path.absolute()) if path.exists() else str(config.model.path)
+    return adapted
+
+
 def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None) -> SFTDataModule:
     """The data of a stage; `cache_dir` is where tokens are kept unless the recipe says."""
     config = stage.data
@@ -122,11 +158,26 @@ def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
 
 
 def build_module(
-    stage: StageConfig, model: DiffTransformerForCausalLM, data: SFTDataModule, world_size: int = 1
+    stage: StageConfig,
+    model: DiffTransformerForCausalLM,
+    data: SFTDataModule,
+    world_size: int = 1,
+    *,
+    adapted: PeftModel | None = None,
 ) -> FinetuneModule:
-    """The training module of a stage, whose schedule runs over the steps that the stage will take."""
+    """The training module of a stage, whose schedule runs over the steps that the stage will take.
+
+    Args:
+        stage: The stage.
+        model: To be trained.
+        data: The stage's data.
+        world_size: Number of processes.
+        adapted: The model with its adapter, if it has one.
+    """
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}
-    return FinetuneModule(model, total_steps=total_steps(stage, data, world_size), **options)
+    adapter_config = None if adapted is None else describe_config(adapted)
+    steps = total_steps(stage, data, world_size)
+    return FinetuneModule(model, total_steps=steps, adapter_config=adapter_config, **options)
 
 
 def build_tasks(config: EvaluationConfig) -> list[MathTask]:

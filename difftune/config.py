@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from difftune.config_adapter import AdapterConfig
+
 RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "gradient_checkpointing")
 """Keys of `model` that do not describe the architecture."""
 
@@ -317,6 +319,8 @@ class Config:
     """`digits`, `bytes`, a folder or a hub id. null: the one saved with model.path."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model, one for all stages."""
+    adapter: AdapterConfig | None = None
+    """What is trained beside the frozen model of `model.path`, one for all stages. null: the whole model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
     """From text to batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -56,11 +56,24 @@ def _model_problems(config: Config) -> list[str]:
             problems.append(
                 f"model.path: the architecture comes with the weights; leave out model.{', model.'.join(fixed)}"
             )
+    problems += _adapter_problems(config)
     if config.export is not None and config.export.format == "diffllama" and model.attention in ("diff_v2", "softmax"):
         problems.append(
             f"export.format: diffllama holds diff_v1 only, and model.attention is {model.attention};"
             " set export.format=difftune"
         )
+    return problems
+
+
+def _adapter_problems(config: Config) -> list[str]:
+    adapter = config.adapter
+    if adapter is None:
+        return []
+    problems = []
+    if config.model.path is None:
+        problems.append("adapter: needs a base that is on disk, a fresh one would be saved nowhere; set model.path")
+    if adapter.preset is not None and adapter.targets:
+        problems.append(f"adapter.targets: {adapter.targets} and preset {adapter.preset} exclude one another; drop one")
     return problems
 
 

@@ -91,7 +91,8 @@ def reference_markdown() -> str:
         "",
     ]
     keys = documented_keys()
-    sections = [key for key in keys if key.default == ""]
+    # One that may be null has a default, and stands at the top level too.
+    sections = [key for key in keys if key.default == "" or any(k.path.startswith(f"{key.path}.") for k in keys)]
     general = [key for key in keys if "." not in key.path and key.default != ""]
     lines += ["## Top level", "", *_table(general)]
     for section in sections:

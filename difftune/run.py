@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
+from peft import PeftModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from difftune.build import (
+    build_adapter,
     build_data,
     build_model,
     build_module,
@@ -26,15 +28,18 @@ from difftune.build import (
     build_trainer,
     fresh_architecture,
 )
+from difftune.checkpoints.adapters import load_with_base, save_adapter
 from difftune.checkpoints.compare import Difference
 from difftune.checkpoints.convert import MAX_SHARD_BYTES, Conversion, convert_checkpoint
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
+from difftune.checkpoints.merge import merge_adapter
 from difftune.config import Config, StageConfig
 from difftune.config_text import to_yaml
 from difftune.dry_run import dry_run_stage, report_size
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
+from difftune.modeling.adapters import describe_adapter
 from difftune.report.summary import accuracy_table
 from difftune.run_folder import RunFolder, write_json, write_json_lines
 from difftune.training.checkpoint_io import step_of
@@ -72,6 +77,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         tokenizer.save_pretrained(folder.path / "tokenizer")
     stages = config.resolved_stages()
     model: DiffTransformerForCausalLM | None = None
+    adapted: PeftModel | None = None
     before: Path | None = None
     with Preemption() as preemption:
         for stage in stages:
@@ -80,11 +86,16 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
                 model, before = None, folder.last_checkpoint(stage.name)
                 continue
             if model is None:
-                model = build_model(config.model, tokenizer, config.seed, start_from=before)
+                # With an adapter, a checkpoint holds the adapter alone.
+                whole = before if config.adapter is None else None
+                model = build_model(config.model, tokenizer, config.seed, start_from=whole)
                 counts = count_parameters(model)
                 kind = model.config.attention
                 _say(f"{kind}: {counts['total']:,} parameters, {counts['lambda']:,} of them lambda")
-            _train(config, stage, folder, model, tokenizer, preemption)
+                adapted = build_adapter(config, model, start_from=before)
+                if adapted is not None:
+                    _say(f"adapter: {describe_adapter(adapted)}")
+            _train(config, stage, folder, model, adapted, tokenizer, preemption)
             if preemption.exit_code is not None:
                 log.warning("stopped by a signal; the same command goes on from here")
                 return preemption.exit_code
@@ -225,6 +236,7 @@ def _train(
     stage: StageConfig,
     folder: RunFolder,
     model: DiffTransformerForCausalLM,
+    adapted: PeftModel | None,
     tokenizer: PreTrainedTokenizerBase,
     preemption: Preemption,
 ) -> None:
@@ -246,7 +258,7 @@ def _train(
         resume_step=None if resume_from is None else step_of(resume_from),
         console=console,
     )
-    module = build_module(stage, model, data, trainer.world_size)
+    module = build_module(stage, model, data, trainer.world_size, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:
         folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))
@@ -257,11 +269,26 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
     if config.export is not None:
         checkpoint = folder.finished_checkpoint(stage)
         source = f"{checkpoint.relative_to(folder.path)} of a difftune run"
-        _export(config, load_model(checkpoint), tokenizer, folder.path / "export", source=source, overwrite=True)
+        out = folder.path / "export"
+        if config.adapter is not None and config.export.format == "auto":
+            save_adapter(load_with_base(checkpoint), out, tokenizer=tokenizer, overwrite=True)
+            _say(f"exported {out}: an adapter, in PEFT's format")
+        else:
+            model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
+            _export(config, model, tokenizer, out, source=source, overwrite=True)
     table = accuracy_table(folder.path)
     if table is not None:
         console.print(table)
     _say(f"run folder: {folder.path}")
+
+
+def _load_finished(checkpoint: Path, *, is_adapter: bool) -> DiffTransformerForCausalLM:
+    """The model of a checkpoint; an adapter is merged, and its logits compared."""
+    if not is_adapter:
+        return load_model(checkpoint)
+    model, report = merge_adapter(load_with_base(checkpoint))
+    _say(str(report))
+    return model
 
 
 def _export(
@@ -310,9 +337,13 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         architecture = fresh_architecture(config.model, tokenizer)
         too_large = report_size(console, architecture, getattr(torch, config.model.dtype))
     model = build_model(config.model, tokenizer, config.seed, device="meta" if too_large else "cpu")
+    adapted = build_adapter(config, model)
+    if adapted is not None:
+        _say(f"adapter: {describe_adapter(adapted)}")
     for stage in config.resolved_stages():
         data = build_data(stage, tokenizer, cache_dir=None)
-        dry_run_stage(console, stage.name, data, build_module(stage, model, data), build_tasks(stage.evaluation))
+        module = build_module(stage, model, data, adapted=adapted)
+        dry_run_stage(console, stage.name, data, module, build_tasks(stage.evaluation))
 
 
 def _load_for_inference(

@@ -22,7 +22,7 @@ import yaml
 from difftune.environment import describe_environment
 from difftune.training.checkpoint_io import find_damage, find_resumable
 
-_SAME_RUN = ("model", "tokenizer")
+_SAME_RUN = ("model", "tokenizer", "adapter")
 
 
 class RunFolder:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from difftune.config import Config, ModelConfig, SourceConfig, load_config
+from difftune.config import AdapterConfig, Config, ModelConfig, SourceConfig, load_config
 
 ENOUGH = ["tokenizer=digits", "data.train=[{path: synthetic:arithmetic}]", "trainer.max_steps=10"]
 
@@ -203,3 +203,22 @@ def test_the_keys_of_a_source_are_those_of_the_data_room() -> None:
 
     ours, theirs = ({f.name: f.default for f in dataclasses.fields(cls)} for cls in (SourceConfig, Source))
     assert ours == theirs
+
+
+def test_the_keys_of_an_adapter_are_those_of_the_model_room() -> None:
+    from difftune.modeling.adapter_settings import PRESETS, AdapterSettings
+
+    assert dataclasses.asdict(AdapterConfig()) == dataclasses.asdict(AdapterSettings())
+    choices = next(f.metadata["choices"] for f in dataclasses.fields(AdapterConfig) if f.name == "preset")
+    assert choices == PRESETS
+
+
+def test_an_adapter_is_off_unless_asked_for_and_one_for_all_stages(tmp_path: Path) -> None:
+    enough = ["model.path=m", "data.train=[{path: a.jsonl}]", "trainer.max_steps=10"]
+    assert load_config(None, enough).adapter is None
+    # A key of a section that is off turns it on.
+    assert load_config(None, [*enough, "adapter.rank=4"]).adapter == AdapterConfig(rank=4)
+    assert load_config(None, [*enough, "adapter={}", "adapter.ranks.negative=2"]).adapter.ranks == {"negative": 2}
+    (tmp_path / "x.yaml").write_text("stages:\n  - name: a\n    adapter: {rank: 3}\n")
+    with pytest.raises(ValueError, match=r"x.yaml:3: 'stages.0.adapter': 'adapter' is one for all stages"):
+        load_config(tmp_path / "x.yaml", enough)

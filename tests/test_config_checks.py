@@ -19,6 +19,11 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
     [
         (["tokenizer=null"], "tokenizer: a fresh model needs one (digits, bytes, a folder or a hub id)"),
         (["model.path=m", "model.head_dim=8"], "model.path: the architecture comes with the weights"),
+        (["adapter={}"], "adapter: needs a base that is on disk, a fresh one would be saved nowhere; set model.path"),
+        (
+            ["model.path=m", "adapter={preset: attention, targets: [q1_proj]}"],
+            "adapter.targets: ['q1_proj'] and preset attention exclude one another; drop one",
+        ),
         (["data.train=[]"], "data.train: nothing to train on; set data.train=[{path: FILE}]"),
         (
             ["data.seq_len=128", "model.max_position_embeddings=64"],
@@ -78,6 +83,7 @@ def test_problems_are_collected_and_name_their_stage() -> None:
         ["checkpoint.best_metric=eval/a/mean_length", "checkpoint.best_mode=min", "evaluation.tasks=[{path: a}]"],
         ["evaluation.num_samples=4", "evaluation.temperature=0.6"],
         ["export={format: difftune}", "model.attention=diff_v2"],
+        ["model.path=m", "adapter={targets: [q2_proj, v_proj], ranks: {negative: 2}}"],
     ],
 )
 def test_keys_that_do_fit_are_accepted(overrides: list[str]) -> None:

@@ -52,3 +52,7 @@ def test_the_key_list_shows_kind_default_and_range() -> None:
 def test_the_reference_in_the_docs_is_current() -> None:
     text = (ROOT / "docs" / "reference" / "config.md").read_text()
     assert text == reference_markdown(), "docs/reference/config.md is not current; run `make docs`"
+
+
+def test_sections_that_may_be_null_show_their_keys() -> None:
+    assert "| `adapter.rank` |" in reference_markdown() and "| `export.format` |" in reference_markdown()

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted([ROOT / "cli.py", *MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
-CONFIG = {"config", "config_tree", "config_build", "config_checks", "config_text"}
+CONFIG = {"config", "config_adapter", "config_tree", "config_build", "config_checks", "config_text"}
 ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difftune
     "ops": set(),
     "environment": set(),

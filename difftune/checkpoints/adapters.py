@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
@@ -39,6 +40,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _RECORD = "difftune_base"
+_CONTEXT = "difftune_context"
 # What may differ between the model that an adapter was trained on and the one it is put on.
 _NOT_COMPARED = {
     "use_cache",
@@ -56,7 +58,13 @@ _SAMPLED = 4096
 
 
 def save_adapter(
-    adapted: PeftModel, out_dir: str | Path, name: str = "default", *, base: str | None = None, overwrite: bool = False
+    adapted: PeftModel,
+    out_dir: str | Path,
+    name: str = "default",
+    *,
+    base: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter to a folder, complete or not at all, and read it back before that is called done.
 
@@ -65,6 +73,7 @@ def save_adapter(
         out_dir: The folder to make.
         name: Of the adapter.
         base: Folder or hub id of the base model, for whoever loads the adapter. Default: where the base came from.
+        tokenizer: Saved beside it, for whoever generates with the adapter.
         overwrite: Replace an adapter that is there.
 
     Returns:
@@ -85,6 +94,8 @@ def save_adapter(
     with new_folder(target, overwrite=overwrite) as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         written = load_file(folder / ADAPTER_WEIGHTS)
         assert written.keys() == tensors.keys()
         assert all(torch.equal(tensor, written[key]) for key, tensor in tensors.items())
@@ -104,6 +115,7 @@ def describe_config(adapted: PeftModel, name: str = "default", *, base: str | No
         "base_model_class": "DiffTransformerForCausalLM",
         "parent_library": "difftune.modeling.modeling",
         _RECORD: base_record(adapted),
+        _CONTEXT: {field: getattr(model.config, field) for field in ("max_position_embeddings", "rope_parameters")},
     }
     return config
 
@@ -155,7 +167,7 @@ def load_with_base(
     attention_backend: str | None = None,
     trainable: bool = False,
 ) -> PeftModel:
-    """Load an adapter and the base model that it names.
+    """Load an adapter and the base model that it names, whose context becomes what it was in training.
 
     Args:
         source: As of :func:`load_adapter`.
@@ -171,11 +183,22 @@ def load_with_base(
         ValueError: If the adapter names no base, or as :func:`load_adapter` and ``load_model``.
     """
     folder = resolve_folder(source)
-    named = base or _read_config(folder).base_model_name_or_path
+    config = _read_config(folder)
+    named = base or config.base_model_name_or_path
     if not named:
         raise ValueError(f"{folder} does not say what its base model is: name it")
-    model = load_model(named, dtype=dtype, attention_backend=attention_backend)
+    try:
+        model = load_model(named, dtype=dtype, attention_backend=attention_backend)
+    except ValueError as error:
+        raise ValueError(f"the base model of {folder}: {error}") from error
+    _extend_context(model, (config.auto_mapping or {}).get(_CONTEXT))
     return load_adapter(model, folder, trainable=trainable).eval()
+
+
+def base_of_adapter(source: str | Path) -> str | None:
+    """The base that a local adapter folder names; None if the folder is no adapter or names none."""
+    path = Path(source).expanduser() / ADAPTER_CONFIG
+    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 
 def base_record(model: torch.nn.Module) -> dict[str, Any]:
@@ -201,7 +224,7 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
         if not comparable:
             break
         flat = tensor.reshape(-1)
-        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16)
+        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16).contiguous()
         digest = projections if is_projection else fixed
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
@@ -210,6 +233,17 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
         "weights": fixed.hexdigest() if comparable else None,
         "projections": projections.hexdigest() if comparable and not quantised else None,
     }
+
+
+def _extend_context(model: DiffTransformerForCausalLM, trained: dict[str, Any] | None) -> None:
+    """Give the base the context that the adapter was trained with, where it has another rotation or a shorter one."""
+    if trained is None:
+        return
+    here = model.config
+    if trained["rope_parameters"] != here.rope_parameters:
+        model.extend_context(**trained)
+    elif trained["max_position_embeddings"] > here.max_position_embeddings:
+        model.extend_context(max_position_embeddings=trained["max_position_embeddings"])
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -237,8 +271,7 @@ def _read_config(folder: Path) -> LoraConfig:
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder or of a training checkpoint, by PEFT's names."""
     if (folder / TRAINING_WEIGHTS).is_file():
-        named = {file_key(name): tensor for name, tensor in read_training_weights(folder).items()}
-        return {key: tensor for key, tensor in named.items() if key is not None}
+        return {file_key(name) or name: tensor for name, tensor in read_training_weights(folder).items()}
     try:
         return load_file(folder / ADAPTER_WEIGHTS)
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """Load a model from whatever folder it is in; the format is read from the folder, never guessed."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,18 +19,21 @@ from difftune.checkpoints.folders import (
 from difftune.checkpoints.llama import FAMILIES
 from difftune.checkpoints.shards import STATE_DICT_SUFFIXES
 from difftune.checkpoints.unilm_config import UNILM_MODEL_TYPE
-from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 
 _READABLE = (
     "readable are: a difftune folder (model_type 'difftune'), a transformers DiffLlama folder or hub id "
-    "(model_type 'diffllama'), a checkpoint written by difftune fit"
+    "(model_type 'diffllama'), a checkpoint written by difftune fit, an adapter on one of these"
 )
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_model(
     path_or_hub_id: str | Path, *, dtype: torch.dtype | None = None, attention_backend: str | None = None
 ) -> DiffTransformerForCausalLM:
-    """Load a model from a difftune folder, a DiffLlama folder or hub id, or a training checkpoint.
+    """Load a model from a difftune folder, a DiffLlama folder or hub id, a training checkpoint, or an adapter.
+
+    An adapter, and a checkpoint of a run that trains one, is merged into the base that it names.
 
     Args:
         path_or_hub_id: The folder, or ``owner/name`` on the Hugging Face hub.
@@ -53,6 +57,10 @@ def load_model(
     if path.is_file() and path.suffix in (*STATE_DICT_SUFFIXES, ".gguf"):
         raise ValueError(f"{path} is a file, and models are loaded from folders: {_how_to_convert(path)}")
     folder = resolve_folder(path_or_hub_id)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = _load_merged(folder, dtype, attention_backend)
+        model.config._name_or_path = str(path_or_hub_id)
+        return model
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json{_what_it_is(folder)}; {_READABLE}")
     model_type = read_json(folder / "config.json").get("model_type")
@@ -92,10 +100,23 @@ def _how_to_convert(source: str | Path, model_type: str | None = None) -> str:
     return f"convert it once, `difftune convert {source} --to {to} --out DIR`, and load DIR"
 
 
+def _load_merged(folder: Path, dtype: torch.dtype | None, attention_backend: str | None) -> DiffTransformerForCausalLM:
+    """Base and adapter in one, summed in float32 whatever the dtype: the same weights for every dtype asked for."""
+    # Imported here: it loads the base through this module.
+    from difftune.checkpoints.adapters import load_with_base
+    from difftune.checkpoints.merge import merge_adapter
+
+    adapted = load_with_base(folder, attention_backend=attention_backend)
+    base: Any = adapted.get_base_model()
+    stored = base.dtype
+    cast_weights(base, torch.promote_types(stored, torch.float32))
+    merged, _ = merge_adapter(adapted, verify=False)
+    cast_weights(merged, dtype or stored)
+    return merged
+
+
 def _what_it_is(folder: Path) -> str:
     """A hint for the folders that are mistaken for models most often."""
-    if (folder / "adapter_config.json").is_file():
-        return ", it is a PEFT adapter: merge it into its base model first"
     if (folder / "checkpoints").is_dir():
         return f", it is a run folder: give {folder / 'export'}, or one of {folder / 'checkpoints'}"
     checkpoints = sorted(path.name for path in folder.glob("step-*"))

@@ -70,16 +70,17 @@ def check_target(out_dir: str | Path, *, overwrite: bool = False) -> None:
         overwrite: Whether the user asked to replace what is there.
 
     Raises:
-        ValueError: If it exists and ``overwrite`` is false, or it is no model folder.
+        ValueError: If it exists and ``overwrite`` is false, or it holds neither a model nor an adapter.
     """
     target = Path(out_dir).expanduser().absolute()
     if not target.exists():
         return
     if not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or overwrite=True (--overwrite) to replace it")
-    if not (target / "config.json").is_file():
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
-            f"{target} is not a model folder (no config.json), so it is not overwritten: remove it yourself"
+            f"{target} is not a model folder (no config.json, no adapter_config.json), so it is not overwritten: "
+            "remove it yourself"
         )
 
 

@@ -292,8 +292,11 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model: ``total``, ``trainable``, and ``lambda`` (those of the lambda modules)."""
-    named = list(model.named_parameters())
+    """Parameters of a model: ``total``, ``trainable``, and ``lambda`` (those of the lambda modules).
+
+    Under an adapter, a module that is trained whole counts once, without its frozen original.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
     return {
         "total": sum(p.numel() for _, p in named),
         "trainable": sum(p.numel() for _, p in named if p.requires_grad),

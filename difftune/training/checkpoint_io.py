@@ -3,9 +3,11 @@
 A checkpoint is a folder::
 
     step-00000200/
-      checkpoint.pt    what torch.save wrote: weights (names start with "model."), optimiser, loops, data
-      position, RNG config.json      the architecture, if the model has one: with it the weights load without
-      the run manifest.json    {"step": 200, "files": {"checkpoint.pt": {"bytes": ..., "sha256": ...}, ...}}
+      checkpoint.pt         what torch.save wrote: weights (names start with "model."), optimiser, loops, position in
+                            the data, random state
+      config.json           the architecture, if the model has one: with it the weights load without the run
+      adapter_config.json   instead of it, if an adapter is trained: the weights are the adapter's alone
+      manifest.json         {"step": 200, "files": {"checkpoint.pt": {"bytes": ..., "sha256": ...}, ...}}
 
 It is written under a hidden name beside its place, flushed to the disk, and renamed last. What has its final
 name is therefore complete, whatever happened to the process; what the disk did to it later, the manifest
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "checkpoint.pt"
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 
@@ -58,9 +61,10 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             temporary.mkdir()
             files = {}
-            if "model_config" in checkpoint:
-                text = json.dumps(checkpoint["model_config"], indent=2, sort_keys=True) + "\n"
-                files[CONFIG] = _write(temporary / CONFIG, lambda file: file.write(text.encode()))
+            for key, name in (("model_config", CONFIG), ("adapter_config", ADAPTER_CONFIG)):
+                if key in checkpoint:
+                    content = (json.dumps(checkpoint[key], indent=2, sort_keys=True) + "\n").encode()
+                    files[name] = _write(temporary / name, lambda file, content=content: file.write(content))
             files[WEIGHTS] = _write(temporary / WEIGHTS, lambda file: torch.save(checkpoint, file))
             manifest = json.dumps({"step": checkpoint["global_step"], "files": files}, indent=2) + "\n"
             _write(temporary / MANIFEST, lambda file: file.write(manifest.encode()))

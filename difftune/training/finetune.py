@@ -31,6 +31,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from transformers import PreTrainedConfig
 
+from difftune.modeling.adapters import file_key
+from difftune.modeling.lambdas import WARMUP_STEP
+from difftune.training.adapter_state import check_adapter
 from difftune.training.gradients import rescale_and_clip_
 from difftune.training.loggers import MetricsLogger, is_log_step
 from difftune.training.optim import (
@@ -77,6 +80,8 @@ class FinetuneModule(LightningModule):
         total_steps: Optimiser steps over which the schedule runs. None: what the Trainer expects to do.
         z_loss: Weight of the squared log-partition in the loss.
         max_nonfinite_steps: Skipped steps in a row that stop the run, at least 1.
+        adapter_config: Of the adapter inside the model, as in ``adapter_config.json``. Checkpoints then hold it, and
+            of the weights those that are trained alone. None: the whole model.
 
     Raises:
         ValueError: If ``max_nonfinite_steps`` is below 1; at set-up, if the Trainer's precision or clipping
@@ -99,6 +104,7 @@ class FinetuneModule(LightningModule):
         total_steps: int | None = None,
         z_loss: float = 0.0,
         max_nonfinite_steps: int = 5,
+        adapter_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if max_nonfinite_steps < 1:
@@ -109,6 +115,9 @@ class FinetuneModule(LightningModule):
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.min_lr_ratio, self.total_steps = min_lr_ratio, total_steps
         self.z_loss, self.max_nonfinite_steps = z_loss, max_nonfinite_steps
+        self.adapter_config = adapter_config
+        # The frozen base is not in the checkpoint; what is, on_load_checkpoint compares name by name.
+        self.strict_loading = adapter_config is None
 
         self.tokens_seen = 0
         """Positions trained on so far, padding included, over all ranks (whose batches have one shape)."""
@@ -268,12 +277,18 @@ class FinetuneModule(LightningModule):
             "skipped_in_a_row": self._skipped_in_a_row,
             "loss_divisor": self._loss_divisor,
         }
+        if self.adapter_config is not None:
+            saved = self._adapter_shapes()
+            checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in saved}
+            checkpoint["adapter_config"] = self.adapter_config
+            return
         config = getattr(self.model, "config", None)
         if isinstance(config, PreTrainedConfig):
             checkpoint["model_config"] = json.loads(config.to_json_string())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters back."""
+        """Take the counters back; refuse a checkpoint of another kind of run, or of another adapter."""
+        check_adapter(checkpoint, self.adapter_config, self._adapter_shapes())
         state = checkpoint["difftune"]
         self.tokens_seen, self.label_tokens_seen = state["tokens_seen"], state["label_tokens_seen"]
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
@@ -282,6 +297,13 @@ class FinetuneModule(LightningModule):
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.resume_step = checkpoint["global_step"]
+
+    def _adapter_shapes(self) -> dict[str, torch.Size]:
+        """Shape by name, as in the state dict, of an adapter's tensors; a tied weight has both of its names."""
+        trained = [(n, p) for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad]
+        # How far the warm-up of its own lambda is.
+        steps = [(n, b) for n, b in self.named_buffers() if n.endswith(WARMUP_STEP) and file_key(n) is not None]
+        return {name: tensor.shape for name, tensor in (*trained, *steps)}
 
     def _read_counters(self) -> None:
         """Bring the counters from the device; this waits for it."""

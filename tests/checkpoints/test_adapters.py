@@ -210,6 +210,13 @@ def test_the_record_of_a_base_does_not_depend_on_dtype_backend_or_adapters(base)
     assert half == {**record, "weights": None, "projections": None}
 
 
+def test_the_record_takes_a_sample_of_large_tensors_in_any_dtype(make_model):
+    model = make_model(vocab_size=300)
+    record = base_record(model)
+    assert model.model.embed_tokens.weight.numel() > 3 * 4096
+    assert base_record(cast_weights(model, torch.bfloat16)) == record
+
+
 def test_nothing_is_written_over_or_half(base, tmp_path):
     adapted = add_adapter(load_model(base), AdapterSettings())
     save_adapter(adapted, tmp_path / "adapter")

@@ -6,8 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from difftune.checkpoints.adapters import save_adapter
 from difftune.checkpoints.load import load_model
 from difftune.modeling import DiffTransformerForCausalLM
+from difftune.modeling.adapter_settings import AdapterSettings
+from difftune.modeling.adapters import add_adapter, trained_parameters
 
 MakeModel = Callable[..., DiffTransformerForCausalLM]
 
@@ -74,9 +77,6 @@ def test_folders_without_a_model_are_refused_with_a_hint(tmp_path: Path) -> None
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=r"it is a run folder: give .*export, or one of .*checkpoints"):
         load_model(tmp_path)
-    (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(ValueError, match="it is a PEFT adapter: merge it"):
-        load_model(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         load_model(tmp_path / "absent")
 
@@ -140,3 +140,33 @@ def test_damaged_training_checkpoint_is_refused(
     (path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not what its manifest\.json says"):
         load_model(path)
+
+
+def test_an_adapter_is_merged_into_its_base_alike_for_every_dtype(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    adapted = add_adapter(load_model(tmp_path / "base"), AdapterSettings(train_norms=True))
+    with torch.no_grad():
+        for parameter in trained_parameters(adapted).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(adapted, tmp_path / "adapter")
+    merged = load_model(tmp_path / "adapter", attention_backend="reference")
+    assert type(merged) is DiffTransformerForCausalLM and not merged.training
+    assert merged.config._name_or_path == str(tmp_path / "adapter")
+    assert merged.config.attention_backend == "reference"
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, adapted.eval()(tokens).logits, rtol=0, atol=1e-4)
+    rounded = load_model(tmp_path / "adapter", dtype=torch.bfloat16).state_dict()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(rounded[name], tensor if "lambda_full" in name else tensor.bfloat16()), name
+
+
+def test_an_adapter_that_is_damaged_or_without_its_base_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    save_adapter(add_adapter(load_model(tmp_path / "base"), AdapterSettings()), tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"the base model of .*adapter: .*base does not exist"):
+        load_model(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="only LORA is read"):
+        load_model(tmp_path / "adapter")

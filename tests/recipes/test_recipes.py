@@ -130,3 +130,42 @@ def test_the_commands_in_a_header_are_accepted(path: Path, monkeypatch: pytest.M
     for command in commands:
         found = cli.parse(shlex.split(command[command.index("difftune fit") :])[1:])
         assert load_config(found.values["config"][0], found.overrides).resolved_stages()
+
+
+@pytest.mark.parametrize("preset", ["lambda_only", "negative_branch", "attention", "all_linear"])
+def test_every_preset_of_the_adapter_recipe_trains(
+    preset: str, quickstart_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from difftune import run
+    from difftune.checkpoints.load import load_model
+
+    monkeypatch.chdir(quickstart_model)
+    short = ["trainer.max_steps=2", "optim.warmup_steps=1", "logging.loggers=[jsonl]", "logging.progress_bar=false"]
+    short += ["data.train.*.options.count=100", "evaluation.tasks.*.limit=4", "evaluation.every_fraction=null"]
+    chosen = [] if preset == "attention" else [f"adapter.preset={preset}"]
+    config = load_config(ROOT / "recipes" / "quickstart_lora.yaml", [*short, *chosen, f"run_dir={tmp_path}"])
+    assert config.adapter is not None and config.adapter.preset == preset
+    assert run.fit(config) == 0
+    start, trained = (load_model(path).state_dict() for path in ("runs/quickstart/export", tmp_path / "export"))
+    changed = {name.split(".")[-2] for name, tensor in trained.items() if not torch.equal(tensor, start[name])}
+    attention = {"q1_proj", "q2_proj", "k1_proj", "k2_proj", "v_proj", "o_proj"}
+    expected = {
+        "lambda_only": set(),
+        "negative_branch": {"q2_proj", "k2_proj"},
+        "attention": attention,
+        "all_linear": attention | {"gate_proj", "up_proj", "down_proj"},
+    }
+    assert changed == expected[preset] | {"lambda_full"}
+
+
+@pytest.fixture(scope="module")
+def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small fresh model where the quickstart leaves its own."""
+    from difftune.build import build_model, build_tokenizer
+
+    config = load_config(ROOT / "recipes" / "quickstart.yaml", ["model.hidden_size=32", "model.intermediate_size=32"])
+    tokenizer = build_tokenizer(config)
+    folder = tmp_path_factory.mktemp("quickstart")
+    for part in (build_model(config.model, tokenizer, 0), tokenizer):
+        part.save_pretrained(folder / "runs" / "quickstart" / "export")
+    return folder

@@ -64,7 +64,7 @@ def batches(first, last):
 def test_mfu_is_the_share_of_the_peak():
     module = build_module()
     seen = record(module)
-    work = ModelFlops(per_token=10.0, per_label_token=0.0, per_attended_pair=100.0)
+    work = ModelFlops(10.0, 0.0, 100.0, 20.0, 0.0, 200.0)
     trainer = build_trainer([Throughput(work, peak_flops_per_s=1e6)], max_steps=5)
     trainer.fit(module, ToyData(rows=4))
     flops_of_a_step = 3 * (10 * 48 + 100 * 4 * 12**2 / 2)

@@ -36,6 +36,14 @@ def test_what_is_saved_is_loaded_and_described(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
 
 
+def test_an_adapter_s_config_lies_beside_its_weights_and_is_hashed(tmp_path):
+    path = save(tmp_path, 7, adapter_config={"peft_type": "LORA"})
+    assert json.loads((path / "adapter_config.json").read_text()) == {"peft_type": "LORA"}
+    assert not (path / "config.json").exists()
+    (path / "adapter_config.json").write_text('{"peft_type": "ROLA"}\n')
+    assert find_damage(path) is not None
+
+
 def test_saving_again_replaces_the_old_one(tmp_path):
     path = save(tmp_path, 7)
     AtomicCheckpointIO().save_checkpoint(content(7, size=10), path)
