@@ -35,6 +35,7 @@ from difftune.config_text import to_yaml
 from difftune.dry_run import dry_run_stage, report_size
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
+from difftune.modeling.quantized import quantize_base
 from difftune.report.summary import accuracy_table
 from difftune.run_folder import RunFolder, write_json, write_json_lines
 from difftune.training.checkpoint_io import step_of
@@ -161,11 +162,11 @@ def generate(config: Config, prompts: list[str]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def export(config: Config, out: Path) -> ExportReport:
+def export(config: Config, out: Path, *, overwrite: bool = False) -> ExportReport:
     """Write the model of `model.path` to a new folder, in the format and with the check that `export` names."""
     _set_up_logging()
     model, tokenizer = _load_for_inference(config, device="cpu")
-    return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=False)
+    return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=overwrite)
 
 
 def convert(
@@ -318,6 +319,8 @@ def _load_for_inference(
     assert config.model.path is not None, "checked with the config"
     dtype = getattr(torch, config.model.dtype)
     model = load_model(config.model.path, dtype=dtype, attention_backend=config.model.attention_backend)
+    if config.model.quantization is not None:
+        log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
     if device is None:
         wanted = config.trainer.accelerator
         device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(wanted, wanted)

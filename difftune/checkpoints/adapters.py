@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from difftune.checkpoints.folders import (
 )
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.publish import new_folder
-from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapters import (
     activate_adapter,
     add_adapter,
@@ -34,9 +35,18 @@ from difftune.modeling.adapters import (
     file_key,
     trained_parameters,
 )
+from difftune.modeling.quantized import dequantize_base, quantization_of, quantize_base
+
+log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+BASES = ("trained", "dequantized", "original")
+"""What the base of an adapter can be loaded as, if it was in 4 bits during the training."""
+
+FOREIGN = "difftune_diffllama"
+"""What ``auto_mapping`` has in an adapter that was exported for transformers' DiffLlama."""
 
 _RECORD = "difftune_base"
 # What may differ between the model that an adapter was trained on and the one it is put on.
@@ -154,28 +164,69 @@ def load_with_base(
     dtype: torch.dtype | None = None,
     attention_backend: str | None = None,
     trainable: bool = False,
+    base_as: str = "trained",
 ) -> PeftModel:
     """Load an adapter and the base model that it names.
 
     Args:
         source: As of :func:`load_adapter`.
         base: Folder or hub id of the base. Default: the one that the adapter names.
-        dtype: Of the base's weights. Default: as stored.
+        dtype: Of the base's weights, but those in 4 bits. Default: as stored; that of the training for a 4-bit base.
         attention_backend: Of the base. Default: as stored.
         trainable: Whether the training of the adapter is to go on.
+        base_as: For an adapter whose base was in 4 bits: ``trained`` (in 4 bits again), ``dequantized`` (the same
+            numbers as plain weights) or ``original`` (the weights before they were quantised, which makes another
+            model). Means nothing for other adapters.
 
     Returns:
         The base with the adapter active, named ``default``, in evaluation mode on the CPU.
 
     Raises:
-        ValueError: If the adapter names no base, or as :func:`load_adapter` and ``load_model``.
+        ImportError: If the base was in 4 bits, and bitsandbytes is not installed.
+        ValueError: If the adapter names no base, ``base_as`` is unknown, or as :func:`load_adapter` and ``load_model``.
     """
     folder = resolve_folder(source)
-    named = base or _read_config(folder).base_model_name_or_path
-    if not named:
-        raise ValueError(f"{folder} does not say what its base model is: name it")
-    model = load_model(named, dtype=dtype, attention_backend=attention_backend)
+    if base_as not in BASES:
+        raise ValueError(f"base_as={base_as!r} is unknown: choose one of {', '.join(BASES)}")
+    config, named = _read_config(folder), base or adapter_base(folder)
+    quantization = None if base_as == "original" else recorded_quantization(config)
+    if quantization is None:
+        model = load_model(named, dtype=dtype, attention_backend=attention_backend)
+        return load_adapter(model, folder, trainable=trainable).eval()
+    compute_dtype = getattr(torch, quantization["compute_dtype"])
+    model = load_model(named, dtype=dtype or compute_dtype, attention_backend=attention_backend)
+    quantize_base(model, quantization["type"], compute_dtype=compute_dtype, double_quant=quantization["double_quant"])
+    if base_as == "dequantized":
+        dequantize_base(model)
+        cast_weights(model, dtype or compute_dtype)
     return load_adapter(model, folder, trainable=trainable).eval()
+
+
+def adapter_base(source: str | Path) -> str:
+    """The base model that an adapter names, if it can be had.
+
+    Args:
+        source: As of :func:`load_adapter`.
+
+    Raises:
+        ValueError: If it names none, or one that is not there.
+    """
+    folder = resolve_folder(source)
+    named = _read_config(folder).base_model_name_or_path
+    if not named:
+        raise ValueError(f"{folder} does not say what its base model is: name it (--base DIR)")
+    try:
+        resolve_folder(named)
+    except ValueError as error:
+        raise ValueError(
+            f"the base that {folder} names is not there: {error}; name another place (--base DIR)"
+        ) from error
+    return named
+
+
+def recorded_quantization(config: LoraConfig) -> dict[str, Any] | None:
+    """How the base was quantised when the adapter was trained, as :func:`quantization_of` says it, or None."""
+    return (config.auto_mapping or {}).get(_RECORD, {}).get("quantization")
 
 
 def base_record(model: torch.nn.Module) -> dict[str, Any]:
@@ -201,7 +252,7 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
         if not comparable:
             break
         flat = tensor.reshape(-1)
-        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16)
+        sample = flat[:: -(-flat.numel() // _SAMPLED)].to("cpu", torch.bfloat16).contiguous()
         digest = projections if is_projection else fixed
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
@@ -209,7 +260,20 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
         "architecture": architecture,
         "weights": fixed.hexdigest() if comparable else None,
         "projections": projections.hexdigest() if comparable and not quantised else None,
+        "quantization": _quantization(model),
     }
+
+
+def _quantization(model: torch.nn.Module) -> dict[str, Any] | None:
+    """How the weights that a model computes with were quantised, dequantised since or not."""
+    return quantization_of(model) or getattr(model, "dequantized_from", None)
+
+
+def _named(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return "plain weights"
+    scales = " with double quantisation" if quantization["double_quant"] else ""
+    return f"{quantization['type']} weights in {quantization['compute_dtype']}{scales}"
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -219,6 +283,10 @@ def _read_config(folder: Path) -> LoraConfig:
     fields = read_json(folder / ADAPTER_CONFIG)
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {fields.get('peft_type')!r}: only LORA is read")
+    if FOREIGN in (fields.get("auto_mapping") or {}):
+        raise ValueError(
+            f"{folder} was exported for plain transformers' DiffLlama: use the adapter that it was made of"
+        )
     odd = {
         "bias": (None, "none"),
         "lora_bias": (None, False),
@@ -266,6 +334,12 @@ def _check_base(config: LoraConfig, model: torch.nn.Module, folder: Path) -> Non
         raise ValueError(
             f"{folder} was trained on another base{trained_on}: {'; '.join(differing)}. An adapter works on its own "
             "base alone"
+        )
+    if theirs.get("quantization") != ours["quantization"]:
+        log.warning(
+            "%s was trained on %s and is put on %s: the logits are others than in the training",
+            folder,
+            *(_named(record.get("quantization")) for record in (theirs, ours)),
         )
 
 

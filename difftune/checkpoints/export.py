@@ -15,6 +15,7 @@ from difftune.checkpoints.diffllama import config_to_diffllama, export_diffllama
 from difftune.checkpoints.publish import model_card, new_folder, usage
 from difftune.checkpoints.remote_code import write_remote_code
 from difftune.modeling import DiffTransformerForCausalLM
+from difftune.modeling.quantized import quantization_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def export_model(
         model: To be exported; not changed.
         tokenizer: Saved beside it; None for a model without one.
         out_dir: The folder to make.
-        format: ``diffllama`` (plain transformers loads it) or ``difftune`` (keeps every variant, and brings its code along:
+        format: ``diffllama`` (plain transformers loads it) or ``difftune`` (keeps every variant, and brings its code:
             transformers loads it with ``trust_remote_code=True``).
         verify: Reload and compare. Needs memory for a second copy of the model, a third if it is not float32.
         overwrite: Replace an existing model folder.
@@ -88,6 +89,8 @@ def export_model(
             f"only a DiffTransformerForCausalLM can be exported, got {type(model).__name__}: "
             "unwrap it, and merge adapters, first"
         )
+    if quantization_of(model) is not None:
+        raise ValueError("a model in 4 bits is not exported: export the weights that it was loaded from")
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "

@@ -61,9 +61,10 @@ def check_target(out_dir: str | Path, *, overwrite: bool = False) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target} exists: choose another folder, or overwrite=True (--overwrite) to replace it")
-    if not (target / "config.json").is_file():
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
-            f"{target} is not a model folder (no config.json), so it is not overwritten: remove it yourself"
+            f"{target} is not a model folder (no config.json or adapter_config.json), "
+            "so it is not overwritten: remove it yourself"
         )
 
 

@@ -1,7 +1,7 @@
 """The modelling code that travels with a model, so that transformers loads it where difftune is not installed.
 
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` imports Python files that lie beside the weights
-and that ``auto_map`` in ``config.json`` names. They are our own modules, flattened into one folder: what
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` imports Python files that lie beside the
+weights and that ``auto_map`` in ``config.json`` names. They are our own modules, flattened into one folder: what
 :mod:`difftune.modeling.modeling` reaches is copied, and its absolute imports become relative ones. Packages below a
 room, such as kernels in Triton, stay out: an import of one, which must stand inside a function, becomes the ImportError
 that it would be where its library is missing.

@@ -110,7 +110,7 @@ def dequantize_base(model: nn.Module) -> int:
     Returns:
         How many layers there were.
     """
-    found = _quantised(model)
+    found, quantization = _quantised(model), quantization_of(model)
     for parent, leaf, layer in found:
         weight = dequantized_weight(layer)
         with torch.device("meta"):
@@ -120,6 +120,8 @@ def dequantize_base(model: nn.Module) -> int:
         setattr(parent, leaf, plain)
     if found:
         del model.is_loaded_in_4bit
+        # An adapter that is put on these weights records how they came about.
+        model.dequantized_from = quantization  # type: ignore[assignment]
     return len(found)
 
 

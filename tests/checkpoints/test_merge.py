@@ -74,9 +74,9 @@ def test_wrong_arithmetic_is_found(make_model, monkeypatch):
     adapted = train(add_adapter(make_model(), AdapterSettings()))
     wrong = merge.merged_tensors
 
-    def without_the_last_lambda(model, name):
+    def without_the_last_lambda(model, name, **options):
         key = "model.layers.2.self_attn.lambda_full.lambda_q1"
-        return {**wrong(model, name), key: base_tensors(model)[key]}
+        return {**wrong(model, name, **options), key: base_tensors(model)[key]}
 
     monkeypatch.setattr(merge, "merged_tensors", without_the_last_lambda)
     with pytest.raises(ValueError, match="the merged logits differ from the adapter's by"):

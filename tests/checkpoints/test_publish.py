@@ -58,11 +58,13 @@ def test_the_card_tells_how_to_load_and_every_row() -> None:
     card = model_card(
         "mine",
         about="A model, made",
-        usage=usage("mine", needs_difftune=True),
+        usage=usage("mine", brings_code=True),
         rows={"source": "there"},
         details="more",
     )
     assert card.startswith("---\n") and "# mine\n" in card and "A model, made by difftune" in card
-    assert "import difftune.modeling\n" in card and '"mine"' in card
+    assert 'AutoModelForCausalLM.from_pretrained("mine", trust_remote_code=True)' in card
+    assert "`import difftune.modeling` takes the place" in card
     assert "| source | there |\n| written with | torch" in card and card.endswith("\nmore\n")
-    assert "import difftune" not in usage("mine", needs_difftune=False)
+    plain = usage("mine", brings_code=False)
+    assert "import difftune" not in plain and "trust_remote_code" not in plain
