@@ -17,7 +17,6 @@ from difftune.checkpoints.merge import MergeReport, logit_difference, merge_adap
 from difftune.checkpoints.publish import check_target
 from difftune.data.tokenizers import build_tokenizer
 from difftune.modeling.adapters import describe_adapter
-from difftune.modeling.quantized import quantization_of
 from difftune.run import _set_up_logging, console
 
 log = logging.getLogger(__name__)
@@ -105,6 +104,7 @@ def export_adapter(
         if base_diffllama is not None:
             raise ValueError(f"--base-diffllama belongs to the format diffllama-peft, not to {format}: leave it out")
         return merge(adapter, out=out, base=base, format=format, dtype=dtype, overwrite=overwrite).path
+    format = "peft" if format == "auto" else format
     if format not in ("peft", "diffllama-peft"):
         raise ValueError(
             f"format {format!r} is unknown: an adapter is written as peft, diffllama-peft, {_listed(MERGED_FORMATS)}"
@@ -146,16 +146,17 @@ def _merge_table(adapter: str, base: str, report: MergeReport, exported: ExportR
 def _tell_original(adapter: str, base: str, adapted: PeftModel) -> None:
     """How far a merge onto the weights before quantisation is from what was trained."""
     try:
-        trained = load_with_base(adapter, base=base, base_as="trained")
+        trained = load_with_base(adapter, base=base, base_as="dequantized")
     except ImportError as error:
         log.warning("how far this is from the model that was trained is not measured: %s", error)
         return
-    if quantization_of(trained) is not None:
-        off = logit_difference(trained, adapted)
-        _say(
-            f"the adapter was trained on 4-bit weights, and this is the base before it was quantised: the logits are "
-            f"off by {off:.2e} from those of the training; --onto dequantized keeps them"
-        )
+    if getattr(trained.get_base_model(), "dequantized_from", None) is None:
+        _say("the base was not in 4 bits when the adapter was trained: --onto makes no difference")
+        return
+    _say(
+        "the adapter was trained on 4-bit weights, and this is the base before it was quantised: the logits are off by "
+        f"{logit_difference(trained, adapted):.2e} from those of the training; --onto dequantized keeps them"
+    )
 
 
 def _diffllama_base(base: str) -> str:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-BASES = ("trained", "dequantized", "original")
+BASES = ("dequantized", "quantized", "original")
 """What the base of an adapter can be loaded as, if it was in 4 bits during the training."""
 
 FOREIGN = "difftune_diffllama"
@@ -164,7 +164,7 @@ def load_with_base(
     dtype: torch.dtype | None = None,
     attention_backend: str | None = None,
     trainable: bool = False,
-    base_as: str = "trained",
+    base_as: str = "dequantized",
 ) -> PeftModel:
     """Load an adapter and the base model that it names.
 
@@ -174,9 +174,9 @@ def load_with_base(
         dtype: Of the base's weights, but those in 4 bits. Default: as stored; that of the training for a 4-bit base.
         attention_backend: Of the base. Default: as stored.
         trainable: Whether the training of the adapter is to go on.
-        base_as: For an adapter whose base was in 4 bits: ``trained`` (in 4 bits again), ``dequantized`` (the same
-            numbers as plain weights) or ``original`` (the weights before they were quantised, which makes another
-            model). Means nothing for other adapters.
+        base_as: For an adapter whose base was in 4 bits: ``dequantized`` (the numbers that it was trained on, as plain
+            weights), ``quantized`` (the same in 4 bits) or ``original`` (the weights before they were quantised, which
+            makes another model). Means nothing for other adapters.
 
     Returns:
         The base with the adapter active, named ``default``, in evaluation mode on the CPU.
@@ -242,11 +242,10 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
     architecture = json.loads(json.dumps({field: getattr(config, field) for field in _COMPARED}))
     fixed, projections = hashlib.sha256(), hashlib.sha256()
-    comparable = quantised = False
+    comparable, quantization = False, quantization_of(model) or getattr(model, "dequantized_from", None)
     for name, tensor in sorted(base_tensors(model).items()):
         is_projection = name.endswith("_proj.weight") and "lambda_full" not in name
         if is_projection and not tensor.is_floating_point():
-            quantised = True
             continue
         comparable = tensor.dtype != torch.float16 and not tensor.is_meta
         if not comparable:
@@ -259,14 +258,10 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "weights": fixed.hexdigest() if comparable else None,
-        "projections": projections.hexdigest() if comparable and not quantised else None,
-        "quantization": _quantization(model),
+        # Not of dequantised ones either: the adapter goes onto the base that they were made of.
+        "projections": projections.hexdigest() if comparable and quantization is None else None,
+        "quantization": quantization,
     }
-
-
-def _quantization(model: torch.nn.Module) -> dict[str, Any] | None:
-    """How the weights that a model computes with were quantised, dequantised since or not."""
-    return quantization_of(model) or getattr(model, "dequantized_from", None)
 
 
 def _named(quantization: dict[str, Any] | None) -> str:

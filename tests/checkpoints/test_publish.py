@@ -48,7 +48,7 @@ def test_only_model_folders_are_replaced_and_only_when_asked(tmp_path: Path) -> 
     check_target(tmp_path / "absent")
     with pytest.raises(ValueError, match="exists: choose another folder, or overwrite"):
         check_target(tmp_path)
-    with pytest.raises(ValueError, match=r"not a model folder \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"not a model folder \(no config.json or adapter_config.json\)"):
         check_target(tmp_path, overwrite=True)
     (tmp_path / "config.json").touch()
     check_target(tmp_path, overwrite=True)

@@ -29,6 +29,9 @@ sys.modules["difftune"] = None  # importing it is an error
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+class Pretended(torch.Tensor):
+    is_cuda = True
+
 for folder in sys.argv[1:]:
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values()), info
@@ -41,6 +44,11 @@ for folder in sys.argv[1:]:
     cached = model.generate(**given["prompt"], use_cache=True, **options)
     uncached = model.generate(**given["prompt"], use_cache=False, **options)
     ops = sys.modules[type(model).__module__.rpartition(".")[0] + ".difftune_ops_diff_attention"]
+    # What `auto` chooses on a GPU, without one.
+    q, kv = torch.randn(1, 5, 4, 2, 8), torch.randn(1, 5, 4, 2, 8)
+    lam = torch.tensor(0.5)
+    fused = ops.diff_attention(q.as_subclass(Pretended), kv, kv[..., 0, :], lam)
+    assert torch.equal(fused, ops.diff_attention(q, kv, kv[..., 0, :], lam, backend="sdpa"))
     said = None
     if hasattr(ops, "load_kernels"):
         try:
@@ -106,8 +114,8 @@ def _has_kernels():
 _choose = choose_backend
 
 
-def choose_backend(backend, q):
-    return "kernels" if backend == "auto" and _has_kernels() else _choose(backend, q)
+def choose_backend(backend, q, *more):
+    return "kernels" if backend == "auto" and _has_kernels() else _choose(backend, q, *more)
 """
 
 
