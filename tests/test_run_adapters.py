@@ -1,7 +1,12 @@
+import importlib.util
 import json
 import logging
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +268,24 @@ def test_an_adapter_of_plain_weights_says_when_it_is_put_on_others(folders, capl
     quantize_base(model, "nf4", compute_dtype=torch.float32)
     load_adapter(model, folders / "diff_v1-adapter")
     assert "was trained on plain weights and is put on nf4 weights in float32" in caplog.text
+
+
+def test_every_documented_command_runs(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "diff_v1", "my-model")
+    save_adapter(load_with_base(folders / "diff_v1-adapter"), "adapters/maths", base="my-model")
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "adapters.md").read_text()
+    commands = re.findall(r"^difftune .*$|(?<=`)difftune (?:export|merge) [^`]+(?=`)", text, flags=re.MULTILINE)
+    formats = {shlex.split(c)[shlex.split(c).index("--format") + 1] for c in commands if "--format" in c}
+    assert formats == {"peft", "merged", "difftune", "diffllama", "diffllama-peft"} and len(commands) >= 9
+    if importlib.util.find_spec("bitsandbytes") is None:
+        commands = [command for command in commands if "nf4" not in command]
+    else:
+        model = load_model("my-model")
+        quantize_base(model, "nf4", compute_dtype=torch.float32)
+        save_adapter(train(add_adapter(model, AdapterSettings(preset="attention"))), "adapters/maths-nf4")
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, f"{command}: {capsys.readouterr().err}"
+    for name in ("my-maths", "maths-merged", "my-model-hub"):
+        assert (Path(name) / "modeling_difftune.py").is_file(), name
+    assert (Path("maths-diffllama-peft") / BASE_PATCH).is_file()
