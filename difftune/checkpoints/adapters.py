@@ -189,16 +189,7 @@ def load_with_base(
     if base_as not in BASES:
         raise ValueError(f"base_as={base_as!r} is unknown: choose one of {', '.join(BASES)}")
     config, named = _read_config(folder), base or adapter_base(folder)
-    quantization = None if base_as == "original" else recorded_quantization(config)
-    if quantization is None:
-        model = load_model(named, dtype=dtype, attention_backend=attention_backend)
-        return load_adapter(model, folder, trainable=trainable).eval()
-    compute_dtype = getattr(torch, quantization["compute_dtype"])
-    model = load_model(named, dtype=dtype or compute_dtype, attention_backend=attention_backend)
-    quantize_base(model, quantization["type"], compute_dtype=compute_dtype, double_quant=quantization["double_quant"])
-    if base_as == "dequantized":
-        dequantize_base(model)
-        cast_weights(model, dtype or compute_dtype)
+    model = _load_base(named, recorded_quantization(config), base_as, dtype, attention_backend)
     return load_adapter(model, folder, trainable=trainable).eval()
 
 
@@ -262,6 +253,25 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
         "projections": projections.hexdigest() if comparable and quantization is None else None,
         "quantization": quantization,
     }
+
+
+def _load_base(
+    named: str | Path,
+    quantization: dict[str, Any] | None,
+    base_as: str,
+    dtype: torch.dtype | None,
+    attention_backend: str | None,
+) -> DiffTransformerForCausalLM:
+    """The base of an adapter with the numbers that it had in the training, unless the original ones are asked for."""
+    if quantization is None or base_as == "original":
+        return load_model(named, dtype=dtype, attention_backend=attention_backend)
+    compute_dtype = getattr(torch, quantization["compute_dtype"])
+    model = load_model(named, dtype=dtype or compute_dtype, attention_backend=attention_backend)
+    quantize_base(model, quantization["type"], compute_dtype=compute_dtype, double_quant=quantization["double_quant"])
+    if base_as == "dequantized":
+        dequantize_base(model)
+        cast_weights(model, dtype or compute_dtype)
+    return model
 
 
 def _named(quantization: dict[str, Any] | None) -> str:
