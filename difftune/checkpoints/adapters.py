@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from difftune.checkpoints.adapter_base import describe_quantization, load_base
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
     check_names,
@@ -25,9 +26,8 @@ from difftune.checkpoints.folders import (
     read_training_weights,
     resolve_folder,
 )
-from difftune.checkpoints.load import load_model
 from difftune.checkpoints.publish import new_folder
-from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.modeling.adapters import (
     activate_adapter,
     add_adapter,
@@ -35,15 +35,12 @@ from difftune.modeling.adapters import (
     file_key,
     trained_parameters,
 )
-from difftune.modeling.quantized import dequantize_base, quantization_of, quantize_base
+from difftune.modeling.quantized import quantization_of
 
 log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-BASES = ("dequantized", "quantized", "original")
-"""What the base of an adapter can be loaded as, if it was in 4 bits during the training."""
 
 FOREIGN = "difftune_diffllama"
 """What ``auto_mapping`` has in an adapter that was exported for transformers' DiffLlama."""
@@ -186,10 +183,8 @@ def load_with_base(
         ValueError: If the adapter names no base, ``base_as`` is unknown, or as :func:`load_adapter` and ``load_model``.
     """
     folder = resolve_folder(source)
-    if base_as not in BASES:
-        raise ValueError(f"base_as={base_as!r} is unknown: choose one of {', '.join(BASES)}")
     config, named = _read_config(folder), base or adapter_base(folder)
-    model = _load_base(named, recorded_quantization(config), base_as, dtype, attention_backend)
+    model = load_base(named, recorded_quantization(config), base_as, dtype, attention_backend)
     return load_adapter(model, folder, trainable=trainable).eval()
 
 
@@ -255,32 +250,6 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _load_base(
-    named: str | Path,
-    quantization: dict[str, Any] | None,
-    base_as: str,
-    dtype: torch.dtype | None,
-    attention_backend: str | None,
-) -> DiffTransformerForCausalLM:
-    """The base of an adapter with the numbers that it had in the training, unless the original ones are asked for."""
-    if quantization is None or base_as == "original":
-        return load_model(named, dtype=dtype, attention_backend=attention_backend)
-    compute_dtype = getattr(torch, quantization["compute_dtype"])
-    model = load_model(named, dtype=dtype or compute_dtype, attention_backend=attention_backend)
-    quantize_base(model, quantization["type"], compute_dtype=compute_dtype, double_quant=quantization["double_quant"])
-    if base_as == "dequantized":
-        dequantize_base(model)
-        cast_weights(model, dtype or compute_dtype)
-    return model
-
-
-def _named(quantization: dict[str, Any] | None) -> str:
-    if quantization is None:
-        return "plain weights"
-    scales = " with double quantisation" if quantization["double_quant"] else ""
-    return f"{quantization['type']} weights in {quantization['compute_dtype']}{scales}"
-
-
 def _read_config(folder: Path) -> LoraConfig:
     """PEFT's config of an adapter, if it is of a kind that is read strictly."""
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -344,7 +313,7 @@ def _check_base(config: LoraConfig, model: torch.nn.Module, folder: Path) -> Non
         log.warning(
             "%s was trained on %s and is put on %s: the logits are others than in the training",
             folder,
-            *(_named(record.get("quantization")) for record in (theirs, ours)),
+            *(describe_quantization(record.get("quantization")) for record in (theirs, ours)),
         )
 
 
