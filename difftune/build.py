@@ -23,6 +23,7 @@ from difftune.evaluation.math import MathTask
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
+from difftune.modeling.quantized import quantize_base
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
 from difftune.training.checkpoint import Checkpointing
@@ -103,6 +104,8 @@ def build_model(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size} rows: "
             "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
         )
+    if config.quantization is not None:
+        log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:
         # transformers 5.23 renames it; 5.17 has the old name only.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -1,4 +1,4 @@
-"""The command line: `difftune fit|evaluate|generate|export|convert`. Imports no torch until a command runs.
+"""The command line: `difftune fit|evaluate|generate|export|merge|convert`. Imports no torch until a command runs.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
@@ -148,6 +148,8 @@ def _run(found: Invocation) -> int:
     assert command is not None
     if command == "convert":
         return _convert(found)
+    if command == "merge" or (command == "export" and _is_of_adapter(found)):
+        return _write_adapter(found)
     config_file = _single(found, "config")
     if command == "fit" and config_file is None and not found.overrides:
         raise UsageError("fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
@@ -175,7 +177,45 @@ def _run(found: Invocation) -> int:
         run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
     else:
         assert out is not None
-        run.export(config, out=Path(out))
+        run.export(config, out=Path(out), overwrite="overwrite" in found.flags)
+    return 0
+
+
+def _is_of_adapter(found: Invocation) -> bool:
+    """Whether an export is that of an adapter; also gives --model what SOURCE says."""
+    if found.operand is not None:
+        if "model" in found.values:
+            raise UsageError(f"export has two sources: {found.operand} and --model {_single(found, 'model')}")
+        found.values["model"] = [found.operand]
+    source, name = _single(found, "model"), _single(found, "format")
+    if source is not None and (Path(source).expanduser() / "adapter_config.json").is_file():
+        return True
+    if name in ("peft", "merged", "diffllama-peft"):
+        if source is not None and (Path(source).expanduser() / "config.json").is_file():
+            raise UsageError(f"{source} is a model, and {name} is a format of adapters: see difftune export --help")
+        return True
+    for option in ("base", "base-diffllama"):
+        if option in found.values:
+            raise UsageError(f"--{option} is for adapters, and {source} is not one (no adapter_config.json)")
+    return False
+
+
+def _write_adapter(found: Invocation) -> int:
+    """Merge or export an adapter, which reads no recipe."""
+    source, out = _single(found, "model") or found.operand, _single(found, "out")
+    if found.overrides or "config" in found.values or "print-config" in found.flags:
+        raise UsageError(f"{found.command} reads no recipe for an adapter: see difftune {found.command} --help")
+    for name, given in (("ADAPTER" if found.command == "merge" else "SOURCE", source), ("--out", out)):
+        if given is None:
+            raise UsageError(f"{found.command} needs {name}; see difftune {found.command} --help")
+    assert source is not None and out is not None
+
+    from difftune import run_adapters
+
+    names = ("base", "dtype", "format") + (("onto",) if found.command == "merge" else ("base-diffllama",))
+    options = {name.replace("-", "_"): found.values[name][0] for name in names if name in found.values}
+    write = run_adapters.merge if found.command == "merge" else run_adapters.export_adapter
+    write(source, out=Path(out), overwrite="overwrite" in found.flags, **options)
     return 0
 
 

@@ -29,7 +29,9 @@ class Command:
     options: tuple[Option, ...]
     examples: str
     operand: str | None = None
-    """What follows the command's name, for a command that reads no recipe."""
+    """What may follow the command's name."""
+    reads_recipe: bool = True
+    """Whether it takes --config and KEY=VALUE."""
 
 
 COMMON = (
@@ -39,6 +41,7 @@ COMMON = (
     Option("help", "show this text"),
 )
 _MODEL = Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True)
+_BASE = Option("base", "base model of an adapter; the one that it names by default", "DIR", is_text=True)
 _DEVICE = Option("device", "cpu, cuda or auto", "NAME", "trainer.accelerator")
 _DTYPE = Option("dtype", "float32, bfloat16 or float16", "NAME", "model.dtype")
 _DECODING = (
@@ -104,21 +107,59 @@ COMMANDS = {
   difftune generate --model DIR --prompt 'Compute 12*12.' --temperature 0.6 --max-new-tokens 200""",
     ),
     "export": Command(
-        summary="write a model in a format that others load",
-        about="Writes the folder, loads it back and compares its logits before calling it done.",
+        summary="write a model or an adapter in a format that others load",
+        about="SOURCE (or --model) is a model or an adapter: a folder, a training checkpoint or a hub id. Writes the\n"
+        "folder, loads it back and compares its logits before calling it done.\n\n"
+        "formats of a model:\n"
+        "  diffllama       plain transformers loads it; diff_v1 only\n"
+        "  difftune        every kind; brings its code, for trust_remote_code=True\n"
+        "  auto            diffllama for diff_v1, else difftune (the default)\n"
+        "formats of an adapter, which names its base, or --base does:\n"
+        "  peft            LoRA and lambda in one file, which PEFT loads onto our class (the default)\n"
+        "  diffllama-peft  for plain transformers and PEFT on --base-diffllama, the base exported as diffllama;\n"
+        "                  lambda is in a file that PEFT does not load: two lines in its README.md apply it\n"
+        "  merged          one model, merged: the format difftune; see difftune merge\n"
+        "  diffllama       one model, merged, for plain transformers",
         options=(
             _MODEL,
-            Option(
-                "format",
-                "diffllama (loads in plain transformers; diff_v1 only), difftune or auto",
-                "NAME",
-                "export.format",
-            ),
+            Option("format", "one of the above", "NAME", "export.format"),
             Option("out", "folder to write", "DIR", is_text=True),
             _DTYPE,
+            _BASE,
+            Option("base-diffllama", "for diffllama-peft: the base as a DiffLlama folder", "DIR", is_text=True),
+            Option("overwrite", "replace a model or adapter folder that is there"),
         ),
         examples="""
-  difftune export --model runs/quickstart/checkpoints/traces/step-00002400 --format diffllama --out my-model""",
+  difftune export runs/quickstart/checkpoints/traces/step-00002400 --format diffllama --out my-model
+  difftune export my-model --format difftune --out my-model-hub
+  difftune export adapters/maths --format merged --out my-maths
+  difftune export my-model --format diffllama --out my-model-diffllama
+  difftune export adapters/maths --format diffllama-peft --base-diffllama my-model-diffllama --out maths-plain""",
+        operand="SOURCE",
+    ),
+    "merge": Command(
+        summary="make one model of an adapter and its base",
+        about="ADAPTER is a folder, hub id or training checkpoint with LoRA, lambda or both. The sums are taken in\n"
+        "float32 and rounded once; the logits are compared with those of base and adapter, and again after\n"
+        "reloading, before it is called done. The base must be the one that the adapter was trained on.",
+        options=(
+            Option("out", "folder to write", "DIR", is_text=True),
+            _BASE,
+            Option("format", "difftune (the default; every kind) or diffllama (for plain transformers)", "NAME"),
+            Option("dtype", "of the weights: float32, bfloat16 or float16; as the base is stored by default", "NAME"),
+            Option(
+                "onto",
+                "for an adapter of a 4-bit base: dequantized (the default: the model that was trained) or original",
+                "NAME",
+            ),
+            Option("overwrite", "replace a model folder that is there"),
+        ),
+        examples="""
+  difftune merge adapters/maths --out my-maths
+  difftune merge adapters/maths --out my-maths --format diffllama --dtype bfloat16
+  difftune merge adapters/maths --base my-model --out my-maths""",
+        operand="ADAPTER",
+        reads_recipe=False,
     ),
     "convert": Command(
         summary="make a DIFF Transformer of a Llama, or change the layout of one",
@@ -146,6 +187,7 @@ COMMANDS = {
   difftune convert model.Q4_1.gguf --to diff_v2 --out model-diff --text notes.txt
   difftune convert runs/quickstart/export --to unilm --out quickstart-unilm""",
         operand="SOURCE",
+        reads_recipe=False,
     ),
 }
 
@@ -174,12 +216,12 @@ def command_help(name: str) -> str:
     command = COMMANDS[name]
     lines = []
     # The first two are of commands with a recipe.
-    for option in (*command.options, *(COMMON if command.operand is None else COMMON[2:])):
+    for option in (*command.options, *(COMMON if command.reads_recipe else COMMON[2:])):
         left = f"--{option.name}" + (f" {option.metavar}" if option.metavar else "")
         key = f"  [{option.key}]" if option.key else ""
         lines.append(f"  {left:<22}{option.help}{key}")
     options = "\n".join(lines)
-    if command.operand is not None:
+    if not command.reads_recipe:
         return f"""usage: difftune {name} {command.operand} [options]
 
 {command.about}
@@ -188,7 +230,8 @@ options:
 {options}
 
 examples:{command.examples}"""
-    return f"""usage: difftune {name} [--config FILE] [KEY=VALUE ...] [options]
+    operand = "" if command.operand is None else f"[{command.operand}] "
+    return f"""usage: difftune {name} {operand}[--config FILE] [KEY=VALUE ...] [options]
 
 {command.about}
 

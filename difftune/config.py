@@ -16,7 +16,7 @@ from typing import Any
 
 from difftune.config_adapter import AdapterConfig
 
-RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "gradient_checkpointing")
+RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization", "gradient_checkpointing")
 """Keys of `model` that do not describe the architecture."""
 
 
@@ -84,6 +84,9 @@ class ModelConfig:
     """Implementation of the attention. `auto` picks the fastest that runs here and logs its choice."""
     dtype: str = _key("float32", choices=("float32", "bfloat16", "float16"))
     """Type of the weights in memory. Lambda stays float32; for mixed precision see trainer.precision."""
+    quantization: str | None = _key(None, choices=("nf4",))
+    """Hold the projections in 4 bits (QLoRA: NF4, double quantisation) and compute in `dtype`; needs the extra `qlora`.
+    An adapter is trained beside them. null: plain weights."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 

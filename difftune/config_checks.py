@@ -26,7 +26,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
         command: `fit`, `evaluate`, `generate` or `export`.
     """
     stages = config.resolved_stages()
-    problems = _model_problems(config)
+    problems = _model_problems(config, command)
     if command == "fit":
         problems += _name_problems([stage.name for stage in config.stages])
         for stage in stages:
@@ -42,7 +42,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
     return problems
 
 
-def _model_problems(config: Config) -> list[str]:
+def _model_problems(config: Config, command: str) -> list[str]:
     problems = []
     model = config.model
     if model.path is None and config.tokenizer is None:
@@ -57,6 +57,8 @@ def _model_problems(config: Config) -> list[str]:
                 f"model.path: the architecture comes with the weights; leave out model.{', model.'.join(fixed)}"
             )
     problems += _adapter_problems(config)
+    if model.quantization is not None:
+        problems += _quantization_problems(config, command)
     if config.export is not None and config.export.format == "diffllama" and model.attention in ("diff_v2", "softmax"):
         problems.append(
             f"export.format: diffllama holds diff_v1 only, and model.attention is {model.attention};"
@@ -74,6 +76,20 @@ def _adapter_problems(config: Config) -> list[str]:
         problems.append("adapter: needs a base that is on disk, a fresh one would be saved nowhere; set model.path")
     if adapter.preset is not None and adapter.targets:
         problems.append(f"adapter.targets: {adapter.targets} and preset {adapter.preset} exclude one another; drop one")
+    return problems
+
+
+def _quantization_problems(config: Config, command: str) -> list[str]:
+    kind = config.model.quantization
+    if command == "export":
+        return [f"model.quantization: export writes whole weights, not {kind}; leave it out"]
+    if command != "fit":
+        return []
+    problems = []
+    if config.model.path is None:
+        problems.append(f"model.quantization: {kind} of a fresh model keeps nothing that was learned; set model.path")
+    if config.adapter is None:
+        problems.append(f"model.quantization: {kind} weights are not trained themselves; set adapter, or leave it out")
     return problems
 
 

@@ -40,6 +40,7 @@ from difftune.dry_run import dry_run_stage, report_size
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.modeling.adapters import describe_adapter
+from difftune.modeling.quantized import quantize_base
 from difftune.report.summary import accuracy_table
 from difftune.run_folder import RunFolder, write_json, write_json_lines
 from difftune.training.checkpoint_io import step_of
@@ -65,7 +66,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
     Raises:
         ValueError: If the config does not fit what is on disk: data, model, or an earlier run in the folder.
     """
-    _set_up_logging()
+    set_up_logging()
     tokenizer = build_tokenizer(config)
     if dry_run:
         _dry_run(config, tokenizer)
@@ -91,10 +92,10 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
                 model = build_model(config.model, tokenizer, config.seed, start_from=whole)
                 counts = count_parameters(model)
                 kind = model.config.attention
-                _say(f"{kind}: {counts['total']:,} parameters, {counts['lambda']:,} of them lambda")
+                say(f"{kind}: {counts['total']:,} parameters, {counts['lambda']:,} of them lambda")
                 adapted = build_adapter(config, model, start_from=before)
                 if adapted is not None:
-                    _say(f"adapter: {describe_adapter(adapted)}")
+                    say(f"adapter: {describe_adapter(adapted)}")
             _train(config, stage, folder, model, adapted, tokenizer, preemption)
             if preemption.exit_code is not None:
                 log.warning("stopped by a signal; the same command goes on from here")
@@ -111,7 +112,7 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
         config: With `model.path` and `evaluation`.
         out: Folder for `results.json` and `samples/TASK.jsonl`. None: nothing is written.
     """
-    _set_up_logging()
+    set_up_logging()
     tasks = build_tasks(config.evaluation)
     model, tokenizer = _load_for_inference(config)
     table = Table(title=f"accuracy of {config.model.path}", title_justify="left")
@@ -149,7 +150,7 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
 
 def generate(config: Config, prompts: list[str]) -> list[str]:
     """Print what a model answers to each prompt, as a user's turn of its chat template; return the answers."""
-    _set_up_logging()
+    set_up_logging()
     model, tokenizer = _load_for_inference(config)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
@@ -172,11 +173,11 @@ def generate(config: Config, prompts: list[str]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def export(config: Config, out: Path) -> ExportReport:
+def export(config: Config, out: Path, *, overwrite: bool = False) -> ExportReport:
     """Write the model of `model.path` to a new folder, in the format and with the check that `export` names."""
-    _set_up_logging()
+    set_up_logging()
     model, tokenizer = _load_for_inference(config, device="cpu")
-    return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=False)
+    return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=overwrite)
 
 
 def convert(
@@ -206,7 +207,7 @@ def convert(
         max_shard_gb: Largest weight file, in 10^9 bytes.
         overwrite: Replace a model folder that is there.
     """
-    _set_up_logging()
+    set_up_logging()
     names = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in names:
         raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(names)}")
@@ -226,8 +227,8 @@ def convert(
             max_shard_bytes=MAX_SHARD_BYTES if max_shard_gb is None else int(max_shard_gb * 1e9),
         )
     console.print(_difference_table(conversion))
-    _say(f"{conversion.path}: {conversion.method}")
-    _say(f"{conversion.seconds:.0f} s, peak memory {conversion.peak_memory_gib:.1f} GiB")
+    say(f"{conversion.path}: {conversion.method}")
+    say(f"{conversion.seconds:.0f} s, peak memory {conversion.peak_memory_gib:.1f} GiB")
     return conversion
 
 
@@ -243,7 +244,7 @@ def _train(
     """One stage, from its beginning or from where it was interrupted."""
     seed_everything(stage.seed, verbose=False)
     data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
-    _say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
+    say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
     resume_from = folder.resume_point(stage.name, config.resume)
     if resume_from is not None:
         log.info("resuming from %s", resume_from)
@@ -272,14 +273,14 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
         out = folder.path / "export"
         if config.adapter is not None and config.export.format == "auto":
             save_adapter(load_with_base(checkpoint), out, tokenizer=tokenizer, overwrite=True)
-            _say(f"exported {out}: an adapter, in PEFT's format")
+            say(f"exported {out}: an adapter, in PEFT's format")
         else:
             model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
             _export(config, model, tokenizer, out, source=source, overwrite=True)
     table = accuracy_table(folder.path)
     if table is not None:
         console.print(table)
-    _say(f"run folder: {folder.path}")
+    say(f"run folder: {folder.path}")
 
 
 def _load_finished(checkpoint: Path, *, is_adapter: bool) -> DiffTransformerForCausalLM:
@@ -287,7 +288,7 @@ def _load_finished(checkpoint: Path, *, is_adapter: bool) -> DiffTransformerForC
     if not is_adapter:
         return load_model(checkpoint)
     model, report = merge_adapter(load_with_base(checkpoint))
-    _say(str(report))
+    say(str(report))
     return model
 
 
@@ -305,7 +306,7 @@ def _export(
     if name == "auto":
         name = "diffllama" if model.config.attention == "diff_v1" else "difftune"
     report = export_model(model, tokenizer, out, name, verify=config.export.verify, overwrite=overwrite, source=source)
-    _say(f"exported {report}")
+    say(f"exported {report}")
     return report
 
 
@@ -339,7 +340,7 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     model = build_model(config.model, tokenizer, config.seed, device="meta" if too_large else "cpu")
     adapted = build_adapter(config, model)
     if adapted is not None:
-        _say(f"adapter: {describe_adapter(adapted)}")
+        say(f"adapter: {describe_adapter(adapted)}")
     for stage in config.resolved_stages():
         data = build_data(stage, tokenizer, cache_dir=None)
         module = build_module(stage, model, data, adapted=adapted)
@@ -352,6 +353,8 @@ def _load_for_inference(
     assert config.model.path is not None, "checked with the config"
     dtype = getattr(torch, config.model.dtype)
     model = load_model(config.model.path, dtype=dtype, attention_backend=config.model.attention_backend)
+    if config.model.quantization is not None:
+        log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
     if device is None:
         wanted = config.trainer.accelerator
         device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(wanted, wanted)
@@ -364,7 +367,7 @@ def _end_of(stage: StageConfig) -> dict[str, Any]:
     return {name: getattr(stage.trainer, name) for name in ("max_steps", "max_epochs", "max_time")}
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
     """Our messages to the terminal, once; those of the libraries only where they warn."""
     ours = logging.getLogger("difftune")
     if not ours.handlers:
@@ -387,6 +390,7 @@ def _is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on the terminal, from the first process alone."""
     if _is_first_rank():
         console.print(text, highlight=False, soft_wrap=True)

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from difftune.build import build_data, build_model, build_module, build_tokenizer, fresh_architecture, total_steps
 from difftune.config import load_config
 from difftune.modeling.lambdas import warming_up
+from difftune.modeling.quantized import quantization_of
 from tests.conftest import ROOT
 
 EPOCHS = ("trainer.max_epochs=3", "data.packing=false", "data.micro_batch_size=16")
@@ -34,6 +37,20 @@ def test_dtype_and_checkpointing_are_applied_and_lambda_stays_in_float32():
     model = build_model(config.model, build_tokenizer(config), 0)
     dtypes = {("lambda_full" in name, p.dtype) for name, p in model.named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)} and model.is_gradient_checkpointing
+
+
+def test_a_loaded_model_is_quantised_in_its_dtype(tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    config = load()
+    tokenizer = build_tokenizer(config)
+    build_model(config.model, tokenizer, 0).save_pretrained(tmp_path)
+    # The same section, as a run with an adapter has it.
+    section = replace(config.model, path=str(tmp_path), quantization="nf4", dtype="bfloat16")
+    architecture = {key: None for key in section.architecture()}
+    with caplog.at_level("INFO", logger="difftune.build"):
+        model = build_model(replace(section, **architecture), tokenizer, 0)
+    assert quantization_of(model) == {"type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
+    assert "projections in 4 bits" in caplog.text
 
 
 def test_a_loaded_model_takes_another_context(tmp_path):

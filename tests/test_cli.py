@@ -117,8 +117,9 @@ def test_generate_takes_prompts_and_standard_input(calls: dict[str, Any], monkey
 
 def test_export_names_a_format_and_a_folder(calls: dict[str, Any]) -> None:
     assert cli.main(["export", "--model", "m", "--format", "difftune", "--out", "o"]) == 0
-    assert (calls["config"].export.format, calls["arguments"]) == ("difftune", {"out": Path("o")})
-    assert cli.main(["export", "--model", "m", "--out", "o"]) == 0
+    assert (calls["config"].export.format, calls["arguments"]) == ("difftune", {"out": Path("o"), "overwrite": False})
+    assert cli.main(["export", "m", "--out", "o", "--overwrite"]) == 0
+    assert calls["config"].model.path == "m" and calls["arguments"]["overwrite"]
     assert calls["config"].export.format == "auto"
 
 
@@ -135,8 +136,8 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
     ("arguments", "message"),
     [
         (["fti"], "unknown command 'fti'; did you mean fit?"),
-        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, convert"),
-        (["--model", "m"], "which command? one of fit, evaluate, generate, export, convert"),
+        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, merge, convert"),
+        (["--model", "m"], "which command? one of fit, evaluate, generate, export, merge, convert"),
         (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
         (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
         (["fit", "--config"], "--config needs a value: --config FILE"),
@@ -345,6 +346,13 @@ def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monke
             "--lambda-warmup-steps must be a whole number of optimiser steps, got '1.5'",
         ),
         (["fit", "--to", "diff_v2"], "--to is not an option of fit, but of convert"),
+        (["merge", "a", "--out", "o", "seed=1"], "merge reads no recipe for an adapter: see difftune merge --help"),
+        (["merge", "a"], "merge needs --out; see difftune merge --help"),
+        (["export", "a", "--model", "b", "--out", "o"], "export has two sources: a and --model b"),
+        (
+            ["export", "m", "--base", "b", "--out", "o"],
+            "--base is for adapters, and m is not one (no adapter_config.json)",
+        ),
     ],
 )
 def test_a_wrong_convert_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

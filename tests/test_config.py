@@ -192,7 +192,12 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 def test_the_architecture_keys_are_those_of_the_model() -> None:
     from difftune.modeling import DiffTransformerConfig
 
-    ours = {f.name for f in dataclasses.fields(ModelConfig)} - {"path", "dtype", "gradient_checkpointing"}
+    ours = {f.name for f in dataclasses.fields(ModelConfig)} - {
+        "path",
+        "dtype",
+        "quantization",
+        "gradient_checkpointing",
+    }
     set_by_us = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
     theirs = {f.name for f in dataclasses.fields(DiffTransformerConfig)} & set(DiffTransformerConfig.__annotations__)
     assert ours == theirs - set_by_us

@@ -45,6 +45,10 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
             ["export={format: diffllama}", "model.attention=diff_v2"],
             "export.format: diffllama holds diff_v1 only, and model.attention is",
         ),
+        (
+            ["model.path=m", "model.quantization=nf4"],
+            "model.quantization: nf4 weights are not trained themselves; set adapter, or leave it out",
+        ),
         (["stages=[{name: a}, {name: a}]"], "stages: the name 'a' stands twice"),
         (["stages=[{name: a b}]"], "stages: 'a b' cannot name a stage"),
         (["stages=[{name: '1'}]"], "stages: '1' cannot name a stage"),
@@ -105,3 +109,11 @@ def test_other_commands_need_a_model_but_no_training() -> None:
 def test_a_task_is_named_after_its_path(path: str, name: str) -> None:
     assert task_name(TaskConfig(path=path)) == name
     assert task_name(TaskConfig(path=path, name="mine")) == "mine"
+
+
+def test_a_fresh_model_is_not_quantised_and_an_export_neither() -> None:
+    [first, _] = refusal("model.quantization=nf4")
+    assert first.startswith("model.quantization: nf4 of a fresh model keeps nothing that was learned; set model.path")
+    [only] = refusal("model.path=m", "model.quantization=nf4", command="export")
+    assert only.startswith("model.quantization: export writes whole weights, not nf4; leave it out")
+    assert load_config(None, ["model.path=m", "model.quantization=nf4"], command="generate").model.quantization == "nf4"

@@ -46,7 +46,8 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "training",
     },
     "cli_commands": set(),
-    "cli": {*CONFIG, "cli_commands", "run"},
+    "run_adapters": {"checkpoints", "data", "modeling", "run"},
+    "cli": {*CONFIG, "cli_commands", "run", "run_adapters"},
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from difftune.checkpoints.adapter_base import describe_quantization, load_base
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
     check_names,
@@ -25,7 +27,6 @@ from difftune.checkpoints.folders import (
     read_training_weights,
     resolve_folder,
 )
-from difftune.checkpoints.load import load_model
 from difftune.checkpoints.publish import new_folder
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.modeling.adapters import (
@@ -35,9 +36,15 @@ from difftune.modeling.adapters import (
     file_key,
     saved_tensors,
 )
+from difftune.modeling.quantized import quantization_of
+
+log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+FOREIGN = "difftune_diffllama"
+"""What ``auto_mapping`` has in an adapter that was exported for transformers' DiffLlama."""
 
 _RECORD = "difftune_base"
 _CONTEXT = "difftune_context"
@@ -166,29 +173,31 @@ def load_with_base(
     dtype: torch.dtype | None = None,
     attention_backend: str | None = None,
     trainable: bool = False,
+    base_as: str = "dequantized",
 ) -> PeftModel:
     """Load an adapter and the base model that it names, whose context becomes what it was in training.
 
     Args:
         source: As of :func:`load_adapter`.
         base: Folder or hub id of the base. Default: the one that the adapter names.
-        dtype: Of the base's weights. Default: as stored.
+        dtype: Of the base's weights, but those in 4 bits. Default: as stored; that of the training for a 4-bit base.
         attention_backend: Of the base. Default: as stored.
         trainable: Whether the training of the adapter is to go on.
+        base_as: For an adapter whose base was in 4 bits: ``dequantized`` (the numbers that it was trained on, as plain
+            weights), ``quantized`` (the same in 4 bits) or ``original`` (the weights before they were quantised, which
+            makes another model). Means nothing for other adapters.
 
     Returns:
         The base with the adapter active, named ``default``, in evaluation mode on the CPU.
 
     Raises:
-        ValueError: If the adapter names no base, or as :func:`load_adapter` and ``load_model``.
+        ImportError: If the base was in 4 bits, and bitsandbytes is not installed.
+        ValueError: If the adapter names no base, ``base_as`` is unknown, or as :func:`load_adapter` and ``load_model``.
     """
     folder = resolve_folder(source)
-    config = _read_config(folder)
-    named = base or config.base_model_name_or_path
-    if not named:
-        raise ValueError(f"{folder} does not say what its base model is: name it")
+    config, named = _read_config(folder), base or adapter_base(folder)
     try:
-        model = load_model(named, dtype=dtype, attention_backend=attention_backend)
+        model = load_base(named, recorded_quantization(config), base_as, dtype, attention_backend)
     except ValueError as error:
         raise ValueError(f"the base model of {folder}: {error}") from error
     _extend_context(model, (config.auto_mapping or {}).get(_CONTEXT))
@@ -199,6 +208,33 @@ def base_of_adapter(source: str | Path) -> str | None:
     """The base that a local adapter folder names; None if the folder is no adapter or names none."""
     path = Path(source).expanduser() / ADAPTER_CONFIG
     return read_json(path).get("base_model_name_or_path") if path.is_file() else None
+
+
+def adapter_base(source: str | Path) -> str:
+    """The base model that an adapter names, if it can be had.
+
+    Args:
+        source: As of :func:`load_adapter`.
+
+    Raises:
+        ValueError: If it names none, or one that is not there.
+    """
+    folder = resolve_folder(source)
+    named = _read_config(folder).base_model_name_or_path
+    if not named:
+        raise ValueError(f"{folder} does not say what its base model is: name it (--base DIR)")
+    try:
+        resolve_folder(named)
+    except ValueError as error:
+        raise ValueError(
+            f"the base that {folder} names is not there: {error}; name another place (--base DIR)"
+        ) from error
+    return named
+
+
+def recorded_quantization(config: LoraConfig) -> dict[str, Any] | None:
+    """How the base was quantised when the adapter was trained, as :func:`quantization_of` says it, or None."""
+    return (config.auto_mapping or {}).get(_RECORD, {}).get("quantization")
 
 
 def base_record(model: torch.nn.Module) -> dict[str, Any]:
@@ -214,11 +250,10 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
     architecture = json.loads(json.dumps({field: getattr(config, field) for field in _COMPARED}))
     fixed, projections = hashlib.sha256(), hashlib.sha256()
-    comparable = quantised = False
+    comparable, quantization = False, quantization_of(model) or getattr(model, "dequantized_from", None)
     for name, tensor in sorted(base_tensors(model).items()):
         is_projection = name.endswith("_proj.weight") and "lambda_full" not in name
         if is_projection and not tensor.is_floating_point():
-            quantised = True
             continue
         comparable = tensor.dtype != torch.float16 and not tensor.is_meta
         if not comparable:
@@ -231,7 +266,9 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "weights": fixed.hexdigest() if comparable else None,
-        "projections": projections.hexdigest() if comparable and not quantised else None,
+        # Not of dequantised ones either: the adapter goes onto the base that they were made of.
+        "projections": projections.hexdigest() if comparable and quantization is None else None,
+        "quantization": quantization,
     }
 
 
@@ -253,6 +290,10 @@ def _read_config(folder: Path) -> LoraConfig:
     fields = read_json(folder / ADAPTER_CONFIG)
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {fields.get('peft_type')!r}: only LORA is read")
+    if FOREIGN in (fields.get("auto_mapping") or {}):
+        raise ValueError(
+            f"{folder} was exported for plain transformers' DiffLlama: use the adapter that it was made of"
+        )
     odd = {
         "bias": (None, "none"),
         "lora_bias": (None, False),
@@ -299,6 +340,12 @@ def _check_base(config: LoraConfig, model: torch.nn.Module, folder: Path) -> Non
         raise ValueError(
             f"{folder} was trained on another base{trained_on}: {'; '.join(differing)}. An adapter works on its own "
             "base alone"
+        )
+    if theirs.get("quantization") != ours["quantization"]:
+        log.warning(
+            "%s was trained on %s and is put on %s: the logits are others than in the training",
+            folder,
+            *(describe_quantization(record.get("quantization")) for record in (theirs, ours)),
         )
 
 

@@ -5,6 +5,7 @@ rank r1 + r2 on the whole: ``A`` is ``[A1; A2]`` and ``B`` is block diagonal, wi
 parameters there, which PEFT cannot train or carry: it goes into a file of its own, which replaces tensors of the base.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaForCausalLM
 
 import difftune
-from difftune.checkpoints.adapters import ADAPTER_WEIGHTS
+from difftune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN
 from difftune.checkpoints.compare import RELATIVE_BUDGET
 from difftune.checkpoints.diffllama import config_to_diffllama, weights_to_diffllama
 from difftune.checkpoints.folders import read_json, resolve_folder
@@ -27,6 +28,9 @@ from difftune.modeling.adapters import base_tensors, lora_layers, trained_parame
 
 BASE_PATCH = "base_patch.safetensors"
 """Tensors of the base that were trained whole, by DiffLlama's names."""
+
+UNPATCHED = " (apply base_patch.safetensors to it first, see README.md)"
+"""Follows the name of the base in the config of an adapter that needs the patch."""
 
 _PREFIX = "base_model.model."
 _PAIRS = {"q1_proj": "q_proj", "q2_proj": "q_proj", "k1_proj": "k_proj", "k2_proj": "k_proj"}
@@ -126,13 +130,44 @@ def export_adapter_diffllama(
     }
     target = Path(out_dir).expanduser().absolute()
     with new_folder(target, overwrite=overwrite) as folder:
-        _write_adapter(updates, folder, base)
         if patch:
             save_file(patch, folder / BASE_PATCH, metadata={"format": "pt"})
+        _write_adapter(updates, folder, base)
         measured = _compare(precise, folder, base, has_patch=bool(patch)) if verify else (None, None, None)
         report = AdapterExportReport(target, len(patch), *measured)
         (folder / "README.md").write_text(_card(report, str(base)), encoding="utf-8")
     return report
+
+
+def check_base_patch(model: torch.nn.Module, source: str | Path) -> None:
+    """Raise unless the base patch of an exported adapter has been applied to a model.
+
+    Args:
+        model: A DiffLlama, with the adapter or without.
+        source: The adapter's folder or hub id.
+
+    Raises:
+        ValueError: If a tensor is not the one that was trained (named), or the patch is missing or not the adapter's.
+
+    Example:
+        >>> check_base_patch(model, "maths-diffllama")  # doctest: +SKIP
+    """
+    folder = resolve_folder(source)
+    record = (read_json(folder / ADAPTER_CONFIG).get("auto_mapping") or {}).get(FOREIGN)
+    if record is None:
+        raise ValueError(f"{folder} is no adapter for DiffLlama that difftune exported: there is nothing to check")
+    if record["base_patch_sha256"] is None:
+        return
+    path = folder / BASE_PATCH
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record["base_patch_sha256"]:
+        raise ValueError(f"{path} is missing or is not that of the adapter beside it: export the adapter again")
+    names = _plain_parameters(model)
+    for name, tensor in load_file(path).items():
+        if name not in names or not torch.equal(names[name].detach().cpu(), tensor.to(names[name].dtype)):
+            raise ValueError(
+                f"{name} is not what {path} says: the base patch was not applied, and this is another model than the "
+                "one that was trained; README.md beside it has the two lines that apply it"
+            )
 
 
 def fused_updates(model: Any, weights: dict[str, torch.Tensor], name: str) -> dict[str, _Update]:
@@ -209,6 +244,10 @@ def _write_adapter(updates: dict[str, _Update], folder: Path, base: str | Path) 
         if ranks.setdefault(leaf, rank) != rank:
             raise ValueError(f"{leaf} has another rank in {projection} than in earlier layers: not exported")
     highest = max(ranks.values())
+    patch, named, digest = folder / BASE_PATCH, str(base), None
+    if patch.is_file():
+        # A loader that fetches the base by itself would leave the patch out: it shall find no such model.
+        named, digest = f"{base}{UNPATCHED}", hashlib.sha256(patch.read_bytes()).hexdigest()
     LoraConfig(
         r=highest,
         lora_alpha=highest,
@@ -217,7 +256,8 @@ def _write_adapter(updates: dict[str, _Update], folder: Path, base: str | Path) 
         alpha_pattern=ranks,
         use_dora=any(update.magnitude is not None for update in updates.values()),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base),
+        base_model_name_or_path=named,
+        auto_mapping={FOREIGN: {"base_patch_sha256": digest}},
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -232,10 +272,11 @@ def _compare(
     foreign = PeftModel.from_pretrained(plain, str(folder)).eval()
     without = (sample_logits(foreign) - truth).abs().max().item() if has_patch else None
     if has_patch:
-        names = {name.replace(".base_layer.", ".").removeprefix(_PREFIX): p for name, p in foreign.named_parameters()}
+        names = _plain_parameters(foreign)
         with torch.no_grad():
             for name, tensor in load_file(folder / BASE_PATCH).items():
                 names[name].copy_(tensor)
+        check_base_patch(foreign, folder)
     difference = (sample_logits(foreign) - truth).abs().max().item()
     budget = RELATIVE_BUDGET * max(1.0, truth.abs().max().item())
     # Written so that NaN, which compares as False, is an error too.
@@ -245,6 +286,12 @@ def _compare(
             f"allowed {budget:.3e}; nothing was written. Is {base} the export of the base that it was trained on?"
         )
     return difference, budget, without
+
+
+def _plain_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters by the names that they have without PEFT."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.replace(".base_layer.", ".").removeprefix(_PREFIX): parameter for name, parameter in named}
 
 
 def _trained_whole(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -258,6 +305,10 @@ def _card(report: AdapterExportReport, base: str) -> str:
 **Without the base patch this is another model than the one that was trained.** lambda, and whatever else is not LoRA,
 was trained whole, and PEFT does not load it: `{BASE_PATCH}` replaces {report.patched} tensors of the base.
 The two lines below that name the patch apply it, before PEFT comes in.
+
+Loaders that fetch the base by themselves (`AutoPeftModel`, servers) would leave the patch out, so `adapter_config.json`
+names no base that they find: for them, merge the adapter. Where difftune is installed,
+`difftune.checkpoints.adapters_diffllama.check_base_patch(model, "{report.path.name}")` raises if the patch is missing.
 """
     lines = f"""patch = load_file("{report.path.name}/{BASE_PATCH}")  # the base patch:
 assert not model.load_state_dict(patch, strict=False).unexpected_keys  # lambda, as trained

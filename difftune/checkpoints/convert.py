@@ -22,6 +22,7 @@ from difftune.checkpoints.compare import Difference, compare, probe_rows, text_r
 from difftune.checkpoints.diffllama import write_diffllama
 from difftune.checkpoints.llama import write_llama
 from difftune.checkpoints.publish import check_target, model_card, new_folder, usage
+from difftune.checkpoints.remote_code import write_remote_code
 from difftune.checkpoints.shards import require_usable, write_shards
 from difftune.checkpoints.sources import Source, open_source
 from difftune.checkpoints.streams import TensorStream
@@ -237,6 +238,7 @@ def _write(
         config.architectures = ["DiffTransformerForCausalLM"]
         write_shards(tensors, folder, max_shard_bytes=max_shard)
         config.save_pretrained(folder)
+        write_remote_code(folder)
 
 
 def _cast(tensors: TensorStream, dtype: torch.dtype | None) -> TensorStream:
@@ -288,7 +290,7 @@ def _require_close(conversion: Conversion) -> None:
 
 def _card(conversion: Conversion, config: DiffTransformerConfig) -> str:
     name, to = conversion.path.name, conversion.target
-    how = usage(name, needs_difftune=to in ("diff_v1", "diff_v2"))
+    how = usage(name, brings_code=to in ("diff_v1", "diff_v2"))
     if to == "unilm":
         how = "The tensors have the names and layout of Microsoft's repository; `difftune convert` reads them."
     promise = "exact: a difference above the budget would have been an error" if conversion.exact else "not exact"

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from difftune.checkpoints.compare import RELATIVE_BUDGET
 from difftune.checkpoints.diffllama import config_to_diffllama, export_diffllama
 from difftune.checkpoints.publish import model_card, new_folder, usage
+from difftune.checkpoints.remote_code import write_remote_code
 from difftune.modeling import DiffTransformerForCausalLM
+from difftune.modeling.quantized import quantization_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def export_model(
         model: To be exported; not changed.
         tokenizer: Saved beside it; None for a model without one.
         out_dir: The folder to make.
-        format: ``diffllama`` (plain transformers loads it) or ``difftune`` (needs this package, keeps every variant).
+        format: ``diffllama`` (plain transformers loads it) or ``difftune`` (keeps every variant, and brings its code:
+            transformers loads it with ``trust_remote_code=True``).
         verify: Reload and compare. Needs memory for a second copy of the model, a third if it is not float32.
         overwrite: Replace an existing model folder.
         source: Where the model comes from, for the card. Default: the name it was loaded by.
@@ -86,6 +89,8 @@ def export_model(
             f"only a DiffTransformerForCausalLM can be exported, got {type(model).__name__}: "
             "unwrap it, and merge adapters, first"
         )
+    if quantization_of(model) is not None:
+        raise ValueError("a model in 4 bits is not exported: export the weights that it was loaded from")
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
@@ -105,8 +110,9 @@ def export_model(
 
 
 def _write_difftune(model: DiffTransformerForCausalLM, folder: Path) -> None:
-    """Write the model's own format."""
+    """Write the model's own format, with the code that loads it where difftune is not installed."""
     model.save_pretrained(folder)
+    write_remote_code(folder)
 
 
 _WRITERS: dict[str, Callable[[DiffTransformerForCausalLM, Path], None]] = {
@@ -166,7 +172,7 @@ def _model_card(model: DiffTransformerForCausalLM, report: ExportReport, source:
     return model_card(
         report.path.name,
         about="A Differential Transformer (arXiv:2410.05258), exported",
-        usage=usage(report.path.name, needs_difftune=report.format == "difftune"),
+        usage=usage(report.path.name, brings_code=report.format == "difftune"),
         rows={
             "source": source or config._name_or_path or "trained from scratch",
             "format": report.format,

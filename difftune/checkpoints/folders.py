@@ -94,6 +94,8 @@ def read_config(folder: Path, config_class: type[Config]) -> Config:
         ValueError: If a field has a wrong type or value; it names file and field.
     """
     fields = read_json(folder / "config.json")
+    # The code that lies beside the weights does not follow the config when it is saved elsewhere.
+    fields.pop("auto_map", None)
     try:
         return config_class.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from difftune.checkpoints.compare import RELATIVE_BUDGET
 from difftune.modeling import DiffTransformerForCausalLM
-from difftune.modeling.adapters import activate_adapter, merged_tensors
+from difftune.modeling.adapters import activate_adapter, file_key, merged_tensors
 
 
 @dataclass(frozen=True)
@@ -22,29 +22,32 @@ class MergeReport:
     budget: float | None = None
     """What that had to stay within."""
     rounding: float | None = None
-    """Largest difference of two logits of the merged model, rounded to the base's dtype, from the adapter in float32;
-    None for a float32 base."""
+    """Largest difference of two logits of the merged model, rounded to its dtype, from the adapter in float32; None
+    where nothing is rounded."""
+    rounding_budget: float | None = None
+    """What that had to stay within."""
 
     def __str__(self) -> str:
         """One line for the terminal."""
         if self.max_abs_difference is None:
             return "merged, not verified"
-        rounded = "" if self.rounding is None else f"; rounded to the dtype of the base by at most {self.rounding:.2e}"
+        rounded = "" if self.rounding is None else f"; its rounded weights differ by at most {self.rounding:.2e}"
         return f"merged: logits differ by at most {self.max_abs_difference:.2e} (budget {self.budget:.2e}){rounded}"
 
 
 def merge_adapter(
-    adapted: PeftModel, name: str = "default", *, verify: bool = True
+    adapted: PeftModel, name: str = "default", *, dtype: torch.dtype | None = None, verify: bool = True
 ) -> tuple[DiffTransformerForCausalLM, MergeReport]:
     """Make a plain model of base and adapter; the adapted model stays as it is.
 
-    The sums are taken in float32 and rounded once to the dtype of the base. Verified are the arithmetic (logits in
+    The sums are taken in float32 and rounded once. Verified are the arithmetic (logits in
     float32, against the adapter) and the rounding: of the merged model it may cost twice what running base and adapter
     in that dtype costs, and four units in the last place of the largest logit.
 
     Args:
         adapted: The model that holds the adapter.
         name: Of the adapter.
+        dtype: Of the merged weights; lambda stays float32. Default: the base's.
         verify: Compare. Needs memory for two float32 copies of the model.
 
     Returns:
@@ -56,7 +59,7 @@ def merge_adapter(
     Example:
         >>> merged, report = merge_adapter(adapted)  # doctest: +SKIP
     """
-    merged = _as_plain_model(adapted, name)
+    merged = _as_plain_model(adapted, name, dtype)
     if not verify:
         return merged, MergeReport()
     precise = full_precision(adapted, name)
@@ -66,19 +69,18 @@ def merge_adapter(
     # Written so that NaN, which compares as False, is an error too.
     if not difference <= budget:
         raise ValueError(f"the merged logits differ from the adapter's by {difference:.3e}, allowed {budget:.3e}")
-    rounding = None
+    rounding = allowed = None
     if merged.dtype != precise.get_base_model().dtype:
-        own = copy.deepcopy(adapted).cpu().eval()
-        activate_adapter(own, name)
+        own = _in_dtype(adapted, name, merged.dtype)
         rounding = _distance(sample_logits(merged), truth)
         scale = torch.finfo(merged.dtype).eps * truth.abs().max().item()
         allowed = 2 * _distance(sample_logits(own), truth) + 4 * scale
         if not rounding <= allowed:
             raise ValueError(
                 f"rounded to {merged.dtype}, the merged logits are off by {rounding:.3e}, allowed {allowed:.3e}: "
-                "merge onto the base in float32"
+                "merge into float32"
             )
-    return merged, MergeReport(difference, budget, rounding)
+    return merged, MergeReport(difference, budget, rounding, allowed)
 
 
 def full_precision(adapted: PeftModel, name: str) -> PeftModel:
@@ -90,6 +92,11 @@ def full_precision(adapted: PeftModel, name: str) -> PeftModel:
     return clone
 
 
+def logit_difference(first: Any, second: Any) -> float:
+    """Largest difference of two logits of two models on the CPU, on :func:`sample_logits`' tokens, in float32."""
+    return _distance(sample_logits(first).float(), sample_logits(second).float())
+
+
 def sample_logits(model: Any) -> torch.Tensor:
     """Logits of two rows of random tokens, the same for every model of a vocabulary."""
     tokens = min(64, model.config.max_position_embeddings)
@@ -98,19 +105,32 @@ def sample_logits(model: Any) -> torch.Tensor:
         return model(input_ids=input_ids, use_cache=False).logits
 
 
+def _in_dtype(adapted: PeftModel, name: str, dtype: torch.dtype) -> PeftModel:
+    """A copy on the CPU whose base is in a dtype; LoRA and lambda stay as they are."""
+    clone = copy.deepcopy(adapted).cpu().eval()
+    for key, parameter in clone.named_parameters():
+        if file_key(key, name) is None and "lambda_full" not in key:
+            parameter.data = parameter.data.to(dtype)
+    activate_adapter(clone, name)
+    return clone
+
+
 def _distance(actual: torch.Tensor, truth: torch.Tensor) -> float:
     difference = (actual.to(truth.dtype) - truth).abs().max().item()
     return difference if math.isfinite(difference) else math.nan
 
 
-def _as_plain_model(adapted: PeftModel, name: str) -> DiffTransformerForCausalLM:
+def _as_plain_model(adapted: PeftModel, name: str, dtype: torch.dtype | None = None) -> DiffTransformerForCausalLM:
     """Base and adapter in one; its tensors are its own."""
     base: Any = adapted.get_base_model()
-    tensors = {key: tensor.detach().cpu().clone() for key, tensor in merged_tensors(adapted, name).items()}
+    merged = merged_tensors(adapted, name, dtype=dtype)
+    tensors = {key: tensor.detach().cpu().clone() for key, tensor in merged.items()}
     if base.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     config = copy.deepcopy(base.config)
-    model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=base.dtype)
+    model = DiffTransformerForCausalLM.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype or base.dtype
+    )
     model.generation_config = copy.deepcopy(base.generation_config)
     model.config._name_or_path = base.config._name_or_path
     return model

@@ -79,29 +79,34 @@ def check_target(out_dir: str | Path, *, overwrite: bool = False) -> None:
         raise ValueError(f"{target} exists: choose another folder, or overwrite=True (--overwrite) to replace it")
     if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
-            f"{target} is not a model folder (no config.json, no adapter_config.json), so it is not overwritten: "
-            "remove it yourself"
+            f"{target} is not a model folder (no config.json or adapter_config.json), "
+            "so it is not overwritten: remove it yourself"
         )
 
 
-def usage(name: str, *, needs_difftune: bool) -> str:
+def usage(name: str, *, brings_code: bool) -> str:
     """How a reader loads the folder, for :func:`model_card`.
 
     Args:
         name: Of the folder.
-        needs_difftune: Whether plain transformers cannot load it.
+        brings_code: Whether transformers has no such model, and the folder brings the code of it.
 
     Returns:
         A sentence and a block of Python.
     """
-    needs = "It needs this package (`pip install difftune`):" if needs_difftune else "Plain transformers loads it:"
-    imports = "import difftune.modeling\n" if needs_difftune else ""
+    needs = (
+        "transformers loads it with the modelling code in this folder. "
+        "Where difftune is installed, `import difftune.modeling` takes the place of `trust_remote_code`:"
+        if brings_code
+        else "Plain transformers loads it:"
+    )
+    trust = ", trust_remote_code=True" if brings_code else ""
     return f"""{needs}
 
 ```python
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
 

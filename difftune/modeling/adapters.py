@@ -27,6 +27,7 @@ from difftune.modeling.adapter_settings import (
 )
 from difftune.modeling.lambdas import WARMUP_STEP
 from difftune.modeling.modeling import DiffTransformerForCausalLM
+from difftune.modeling.quantized import dequantized_weight, num_weights
 
 _PREFIX = "base_model.model."
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
@@ -168,15 +169,18 @@ def lora_update(layer: Any, name: str) -> torch.Tensor:
     return layer.scaling[name] * (lora_b.to(dtype) @ lora_a.to(dtype))
 
 
-def merged_tensors(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
-    """The weights with an adapter merged into them: computed in float32, then rounded once to the base's dtype.
+def merged_tensors(
+    model: nn.Module, name: str = "default", *, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The weights with an adapter merged into them: computed in float32, then rounded once.
 
     Args:
         model: A model with the adapter; not changed.
         name: Of the adapter.
+        dtype: Of the merged weights. Default: the base's.
 
     Returns:
-        Tensor by the model's own name; those that the adapter leaves alone are the base's, not copies.
+        Tensor by the model's own name; those that the adapter leaves alone are the base's, not copies, in its dtype.
 
     Raises:
         ValueError: If the base is quantised.
@@ -185,17 +189,20 @@ def merged_tensors(model: nn.Module, name: str = "default") -> dict[str, torch.T
     for key, tensor in saved_tensors(model, name).items():
         plain = key.removeprefix(_PREFIX)
         if plain in merged:
-            merged[plain] = tensor.detach().to(merged[plain].dtype)
+            merged[plain] = tensor.detach().to(dtype or merged[plain].dtype)
     for projection, layer in lora_layers(model, name).items():
         weight = merged[f"{projection}.weight"]
         if not weight.is_floating_point():
-            raise ValueError(f"{projection} is quantised: load the base in bfloat16 or float32 and merge there")
+            raise ValueError(
+                f"{projection} is quantised: load the adapter with load_with_base(..., base_as='dequantized'), "
+                "and merge there"
+            )
         update = lora_update(layer, name)
         total = weight.to(update.dtype) + update
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name].weight.detach().to(update.dtype)
             total *= (magnitude / torch.linalg.norm(total, dim=1))[:, None]
-        merged[f"{projection}.weight"] = total.to(weight.dtype)
+        merged[f"{projection}.weight"] = total.to(dtype or weight.dtype)
     return merged
 
 
@@ -275,7 +282,7 @@ def count_adapter_parameters(adapted: nn.Module, name: str = "default") -> dict[
 
     Returns:
         ``lora positive``, ``lora negative``, ``lora shared``, ``lambda``, ``norms``, ``embeddings``, then ``trainable``
-        (their sum) and ``total`` (with those of the base). Parameters of 4-bit layers count as they are stored.
+        (their sum) and ``total`` (with those of the base).
     """
     groups = dict.fromkeys((*(f"lora {branch}" for branch in BRANCHES), "lambda", "norms", "embeddings"), 0)
     unique = {id(parameter): (key, parameter) for key, parameter in trained_parameters(adapted, name).items()}
@@ -292,7 +299,7 @@ def count_adapter_parameters(adapted: nn.Module, name: str = "default") -> dict[
     counts = {group: count for group, count in groups.items() if count}
     trainable = sum(counts.values())
     added = sum(count for group, count in counts.items() if group.startswith("lora"))
-    base = sum(p.numel() for full_name, p in adapted.named_parameters() if not _ADDED.search(full_name))
+    base = sum(num_weights(p) for full_name, p in adapted.named_parameters() if not _ADDED.search(full_name))
     return {**counts, "trainable": trainable, "total": base + added}
 
 
@@ -320,7 +327,7 @@ def _wake_dead_pairs(adapted: PeftModel, name: str) -> None:
         partner = layers.get(projection.replace("q2_proj", "k2_proj"))
         if partner is None or not projection.endswith("q2_proj"):
             continue
-        if not (layer.get_base_layer().weight.any() or partner.get_base_layer().weight.any()):
+        if not any(dequantized_weight(side.get_base_layer()).any() for side in (layer, partner)):
             nn.init.kaiming_uniform_(layer.lora_B[name].weight, a=math.sqrt(5))
 
 

@@ -210,11 +210,13 @@ def test_the_record_of_a_base_does_not_depend_on_dtype_backend_or_adapters(base)
     assert half == {**record, "weights": None, "projections": None}
 
 
-def test_the_record_takes_a_sample_of_large_tensors_in_any_dtype(make_model):
-    model = make_model(vocab_size=300)
+def test_large_tensors_are_sampled_in_every_dtype(make_model):
+    model = make_model(vocab_size=500)  # more rows than are sampled
     record = base_record(model)
-    assert model.model.embed_tokens.weight.numel() > 3 * 4096
     assert base_record(cast_weights(model, torch.bfloat16)) == record
+    with torch.no_grad():
+        model.model.embed_tokens.weight[::2].mul_(2)
+    assert base_record(model)["weights"] != record["weights"]
 
 
 def test_nothing_is_written_over_or_half(base, tmp_path):
@@ -277,15 +279,19 @@ def test_the_commands_of_the_documentation_run_in_their_order(make_model, tokeni
     save_adapter(train(add_adapter(load_model("my-model"), SETTINGS["unequal"])), "adapters/code", base="my-model")
     text = (ROOT / "docs" / "how-to" / "adapters.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    blocks = [block for block in blocks if "trust_remote_code" not in block]  # run by the test of the commands
+    assert len(blocks) == 7
     names = {"tokenizer": tokenizer}
     for i, block in enumerate(blocks):
+        if "quantize_base" in block:
+            assert type(names["model"].get_base_model()).__name__ == "DiffLlamaForCausalLM"
+            pytest.importorskip("bitsandbytes")
         exec(block, names)
         if i == 0:
             train(names["adapted"])
     said = capsys.readouterr().out
     assert "trainable" in said and "merged: logits differ by at most" in said and "PEFT does not apply" in said
-    assert type(names["model"].get_base_model()).__name__ == "DiffLlamaForCausalLM"
+    assert "projections in 4 bits" in said
 
 
 def test_an_adapter_in_a_warm_up_of_lambda_is_saved_with_its_step(make_model, tmp_path):

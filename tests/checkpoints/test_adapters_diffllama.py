@@ -149,7 +149,7 @@ def test_what_plain_peft_cannot_have_is_refused(make_model, tmp_path):
 
 def test_an_exported_adapter_is_not_mistaken_for_one_of_ours(make_model, tmp_path):
     _, report = exported(make_model, tmp_path, UNEQUAL, {})
-    with pytest.raises(ValueError, match="extra"):
+    with pytest.raises(ValueError, match="for plain transformers' DiffLlama: use the adapter that it was made of"):
         load_adapter(make_model(), report.path)
 
 

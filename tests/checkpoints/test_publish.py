@@ -50,7 +50,7 @@ def test_only_model_folders_are_replaced_and_only_when_asked(tmp_path: Path) -> 
     check_target(tmp_path / "absent")
     with pytest.raises(ValueError, match="exists: choose another folder, or overwrite"):
         check_target(tmp_path)
-    with pytest.raises(ValueError, match=r"not a model folder \(no config.json, no adapter_config.json\)"):
+    with pytest.raises(ValueError, match=r"not a model folder \(no config.json or adapter_config.json\)"):
         check_target(tmp_path, overwrite=True)
     (tmp_path / "config.json").touch()
     check_target(tmp_path, overwrite=True)
@@ -60,14 +60,16 @@ def test_the_card_tells_how_to_load_and_every_row() -> None:
     card = model_card(
         "mine",
         about="A model, made",
-        usage=usage("mine", needs_difftune=True),
+        usage=usage("mine", brings_code=True),
         rows={"source": "there"},
         details="more",
     )
     assert card.startswith("---\n") and "# mine\n" in card and "A model, made by difftune" in card
-    assert "import difftune.modeling\n" in card and '"mine"' in card
+    assert 'AutoModelForCausalLM.from_pretrained("mine", trust_remote_code=True)' in card
+    assert "`import difftune.modeling` takes the place" in card
     assert "| source | there |\n| written with | torch" in card and card.endswith("\nmore\n")
-    assert "import difftune" not in usage("mine", needs_difftune=False)
+    plain = usage("mine", brings_code=False)
+    assert "import difftune" not in plain and "trust_remote_code" not in plain
 
 
 def left_by_a_dead_process(parent: Path, name: str, *, with_old: bool = False) -> Path:

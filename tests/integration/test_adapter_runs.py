@@ -194,6 +194,30 @@ def test_the_warm_up_of_its_lambda_goes_on_with_the_adapter(tmp_path):
     assert [tensor.item() for name, tensor in written.items() if name.endswith("warmup_step")] == [6, 6]
 
 
+def test_a_base_in_4_bits_trains_resumes_and_is_merged_as_it_was_trained(base, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run.fit(config_of(base, whole, "model.quantization=nf4")) == 0
+    state = saved(last(whole))["state_dict"]
+    assert all("lora_" in name or ".modules_to_save.default." in name for name in state)
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(last(stopped))
+    (stopped / "checkpoints" / "traces" / "done.json").unlink()
+    assert run.fit(config_of(base, stopped, "model.quantization=nf4")) == 0
+    assert_same_state(saved(last(stopped)), saved(last(whole)))
+    # What is loaded has the numbers that the 4 bits stand for.
+    loaded, original = load_model(whole / "export").state_dict(), load_model(base).state_dict()
+    frozen = [name for name in original if name.endswith("mlp.up_proj.weight")]
+    assert frozen and not any(torch.equal(loaded[name], original[name]) for name in frozen)
+    assert all((loaded[name] - original[name]).norm() < 0.2 * original[name].norm() for name in frozen)
+    assert main(["merge", str(whole / "export"), "--out", str(tmp_path / "merged")]) == 0
+    merged = load_model(tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in merged.items())
+    # Another run_dir with plain weights does not go on from it.
+    with pytest.raises(ValueError, match="base"):
+        run.fit(config_of(base, stopped, "trainer.max_steps=4"))
+
+
 def test_the_checkpoint_of_an_adapter_is_a_small_share_of_the_whole_one(tmp_path):
     """Both are weights and two moments of what is trained; at rank 1 that is little of a wide model."""
     base = make_base(tmp_path / "wide", hidden_size=256, intermediate_size=512)

@@ -290,7 +290,7 @@ def test_quantised_weights_are_not_merged():
     adapted = add_adapter(build(), AdapterSettings())
     layer = lora_layers(adapted, "default")["model.layers.0.self_attn.q1_proj"].get_base_layer()
     layer.weight = torch.nn.Parameter(torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="q1_proj is quantised: load the base in bfloat16 or float32"):
+    with pytest.raises(ValueError, match="q1_proj is quantised: load the adapter with load_with_base"):
         merged_tensors(adapted)
 
 
