@@ -3,6 +3,7 @@
 import heapq
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,13 +30,13 @@ def token_nll(model: Any, ids: torch.Tensor, *, chunk_size: int, clock: Clock | 
         Shape (T - 1,), float32, on the CPU; None if the time was over before the end.
     """
     ids = ids.to(device_of(model))
-    parts, cache = [], None
+    parts, past = [], None
     for start in range(0, len(ids) - 1, chunk_size):
         if clock is not None and clock.is_over():
             return None
         end = min(start + chunk_size, len(ids) - 1)
-        output = model(input_ids=ids[None, start:end], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids[None, start:end], past_key_values=past, use_cache=True)
+        past = output.past_key_values
         logits = output.logits[0].float()
         parts.append((logits.logsumexp(-1) - logits.gather(-1, ids[start + 1 : end + 1, None])[:, 0]).cpu())
     return torch.cat(parts)
@@ -135,9 +136,14 @@ def warn_if_too_long(model: nn.Module, task: str, length: int) -> None:
     """Say so if a task goes beyond the length that a model is meant for."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit and length > limit:
-        log.warning(
-            "%s reaches %d tokens, beyond max_position_embeddings (%d): the model was not made for that length",
-            task,
-            length,
-            limit,
-        )
+        _warn_once(task, length, limit)
+
+
+@cache
+def _warn_once(task: str, length: int, limit: int) -> None:
+    log.warning(
+        "%s reaches %d tokens, beyond max_position_embeddings (%d): the model was not made for that length",
+        task,
+        length,
+        limit,
+    )

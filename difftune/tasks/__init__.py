@@ -18,10 +18,12 @@ from these. `--task KIND:TEXT` sets the field that `TaskConfig.operand` names.
 
 from difftune.tasks.base import TaskConfig
 from difftune.tasks.math import MathTaskConfig
+from difftune.tasks.needle import NeedleTaskConfig
 from difftune.tasks.nll import NllTaskConfig
 
 KINDS: dict[str, type[TaskConfig]] = {
     "math": MathTaskConfig,
+    "needle": NeedleTaskConfig,
     "nll": NllTaskConfig,
 }
 """The dataclass of each kind."""
