@@ -17,12 +17,14 @@ from these. `--task KIND:TEXT` sets the field that `TaskConfig.operand` names.
 """
 
 from difftune.tasks.base import TaskConfig
+from difftune.tasks.many_shot import ManyShotTaskConfig
 from difftune.tasks.math import MathTaskConfig
 from difftune.tasks.needle import NeedleTaskConfig
 from difftune.tasks.nll import NllTaskConfig
 
 KINDS: dict[str, type[TaskConfig]] = {
     "math": MathTaskConfig,
+    "many_shot": ManyShotTaskConfig,
     "needle": NeedleTaskConfig,
     "nll": NllTaskConfig,
 }
