@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -13,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from difftune.checkpoints.adapters import base_of_adapter, describe_config, load_adapter
 from difftune.checkpoints.load import load_model
 from difftune.config import Config, EvaluationConfig, ModelConfig, StageConfig
-from difftune.config_checks import task_name
+from difftune.config_checks import task_defaults
 from difftune.data.datamodule import SFTDataModule
-from difftune.data.problems import load_problems
 from difftune.data.sources import Source
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
 from difftune.evaluation.callback import ScheduledEvaluation
+from difftune.evaluation.early_stop import Patience
 from difftune.evaluation.math import MathTask
+from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
@@ -183,29 +185,10 @@ def build_module(
     return FinetuneModule(model, total_steps=steps, adapter_config=adapter_config, **options)
 
 
-def build_tasks(config: EvaluationConfig) -> list[MathTask]:
-    """The sets of problems, loaded."""
-    return [
-        MathTask(
-            name=task_name(task),
-            problems=load_problems(
-                task.path,
-                task.limit,
-                config.seed,
-                format=task.format,
-                split=task.split,
-                name=task.hub_name,
-                options=task.options,
-            ),
-            max_new_tokens=task.max_new_tokens or config.max_new_tokens,
-            batch_size=config.batch_size,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_samples=config.num_samples,
-            seed=config.seed,
-        )
-        for task in config.tasks
-    ]
+def build_tasks(config: EvaluationConfig) -> list[Task[Any]]:
+    """The tasks, with their data read."""
+    defaults = task_defaults(config)
+    return [task.build(defaults) for task in config.tasks]
 
 
 def build_trainer(
@@ -228,15 +211,29 @@ def build_trainer(
         best_metric=stage.checkpoint.best_metric,
         best_mode=stage.checkpoint.best_mode,  # type: ignore[arg-type]  # the config allows max and min
     )
+    settings = stage.evaluation
+    patience: Patience | None = None
+    if settings.patience is not None:
+        metric, mode = stage.checkpoint.best_metric, stage.checkpoint.best_mode
+        assert metric is not None, "checked with the config"
+        patience = Patience(metric, mode, settings.patience)  # type: ignore[arg-type]  # max or min
+
+    def on_evaluation(trainer: Trainer, metrics: dict[str, float]) -> None:
+        # Patience first: the checkpoint that is saved then holds its count.
+        if patience is not None:
+            patience.on_evaluation(trainer, metrics)
+        checkpointing.on_evaluation(trainer, metrics)
+
     # Throughput comes first: its clock stops while those after it evaluate and save.
     callbacks: list[Callback] = [Throughput(ModelFlops.of_model(model)), LambdaMonitor(), LambdaWarmup()]
     if config.logging.progress_bar:
         callbacks.append(RichProgress(stage.name, console=console))
-    settings = stage.evaluation
+    callbacks += [patience] if patience is not None else []
     if settings.tasks:
         tasks = build_tasks(settings)
         for task in tasks:
-            _warn_of_contamination(task, data)
+            if isinstance(task, MathTask):
+                _warn_of_contamination(task, data)
         callbacks.append(
             ScheduledEvaluation(
                 tasks,
@@ -251,7 +248,7 @@ def build_trainer(
                 total_steps=total_steps(stage, data),
                 time_limit_s=settings.time_limit_s,
                 should_stop=preemption.is_preempted,
-                on_result=checkpointing.on_evaluation,
+                on_result=on_evaluation,
             )
         )
     options = stage.trainer

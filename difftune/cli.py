@@ -156,10 +156,12 @@ def _run(found: Invocation) -> int:
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
         if name not in found.values and "print-config" not in found.flags:
             raise UsageError(f"{command} needs --{name}; see difftune {command} --help")
-    if command == "evaluate" and config_file is None and "data" not in found.values:
-        raise UsageError("evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks")
+    if command == "evaluate" and config_file is None and not {"data", "task"} & found.values.keys():
+        raise UsageError(
+            "evaluate needs tasks: --data FILE, --task KIND, or --config with a recipe that has evaluation.tasks"
+        )
 
-    config = load_config(config_file, _option_overrides(found) + found.overrides, command=command)
+    config = load_config(config_file, _option_overrides(found) + _task_overrides(found), command=command)
     if "print-config" in found.flags:
         from difftune.config_text import to_yaml
 
@@ -266,15 +268,59 @@ def _option_overrides(found: Invocation) -> list[str]:
     if "model" in found.values:
         # A model brings its tokenizer; the recipe's is for a fresh one.
         overrides.append("tokenizer=null")
-    if "data" in found.values:
-        tasks: list[dict[str, Any]] = [{"path": path} for path in found.values["data"]]
+    tasks = _tasks(found)
+    if tasks:
         overrides.append(f"evaluation.tasks={json.dumps(tasks)}")
     if found.command == "export" and "format" not in found.values:
         overrides.append("export={}")
     for option in COMMANDS[found.command].options:
         if option.key is not None and option.name in found.values:
             value = found.values[option.name][0]
-            overrides.append(f"{option.key}={json.dumps(value) if option.is_text else value}")
+            text = json.dumps(value) if option.is_text else value
+            overrides += [f"{key}={text}" for key in _places(option.key, tasks)]
+    return overrides
+
+
+def _places(key: str, tasks: list[dict[str, Any]]) -> list[str]:
+    """The keys that an option sets: one of every task goes to those of --task and --data whose kind has it."""
+    from difftune.tasks import KINDS
+
+    each = "evaluation.tasks.*."
+    if not tasks or not key.startswith(each):
+        return [key]
+    name = key.removeprefix(each)
+    having = [index for index, task in enumerate(tasks) if name in KINDS[task.get("kind", "math")].__dataclass_fields__]
+    if not having:
+        raise UsageError(f"--{name.replace('_', '-')}: no kind of these tasks has the key {name}")
+    return [f"evaluation.tasks.{index}.{name}" for index in having]
+
+
+def _tasks(found: Invocation) -> list[dict[str, Any]]:
+    """The tasks of --data FILE and --task KIND or KIND:TEXT, as a recipe would have them."""
+    from difftune.tasks import KINDS
+
+    tasks: list[dict[str, Any]] = [{"path": path} for path in found.values.get("data", [])]
+    for text in found.values.get("task", []):
+        kind, colon, operand = text.partition(":")
+        if kind not in KINDS:
+            raise UsageError(
+                f"--task {text}: unknown kind '{kind}'{_nearest(kind, KINDS, '')}; one of {', '.join(KINDS)}"
+            )
+        key = KINDS[kind].operand
+        if colon and (key is None or not operand):
+            raise UsageError(f"--task {text}: write --task {kind}" + (f":{key.upper()}" if key else ""))
+        tasks.append({"kind": kind, **({key: operand} if key and operand else {})})
+    return tasks
+
+
+def _task_overrides(found: Invocation) -> list[str]:
+    """The user's KEY=VALUE; with --task KIND, `KIND.key=value` is a key of every task of that kind."""
+    kinds = [task.get("kind") for task in _tasks(found)]
+    overrides = []
+    for text in found.overrides:
+        kind, dot, rest = text.removeprefix("--").partition(".")
+        places = [index for index, name in enumerate(kinds) if dot and name == kind and "=" in rest]
+        overrides += [f"evaluation.tasks.{index}.{rest}" for index in places] or [text]
     return overrides
 
 

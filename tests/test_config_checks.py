@@ -2,8 +2,8 @@
 
 import pytest
 
-from difftune.config import TaskConfig, load_config
-from difftune.config_checks import task_name
+from difftune.config import load_config
+from difftune.tasks.math import MathTaskConfig
 
 ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]", "trainer.max_steps=10")
 
@@ -56,6 +56,11 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
         (["evaluation.num_samples=4"], "evaluation.num_samples: 4 greedy answers are all the same; set temperature"),
         (["evaluation.every_n_steps=5"], "evaluation.every_n_steps: there are no evaluation.tasks"),
         (["evaluation.every_fraction=0.5"], "evaluation.every_fraction: there are no evaluation.tasks"),
+        (["evaluation.patience=3"], "evaluation.patience: waits for a better checkpoint.best_metric; set that"),
+        (
+            ["checkpoint.best_metric=eval/mean/accuracy", "evaluation.tasks=[{path: a}]"],
+            "checkpoint.best_metric: 'eval/mean/accuracy' is not measured; one of eval/a/accuracy",
+        ),
         (["checkpoint.best_metric=eval/a/accuracy"], "checkpoint.best_metric: 'eval/a/accuracy' is not measured"),
         (["checkpoint.best_metric=train/loss"], "checkpoint.best_metric: 'train/loss' is not measured"),
         (
@@ -86,6 +91,12 @@ def test_problems_are_collected_and_name_their_stage() -> None:
         ["checkpoint.best_metric=eval/a/accuracy", "evaluation.tasks=[{path: x/a.jsonl}]"],
         ["checkpoint.best_metric=eval/a/mean_length", "checkpoint.best_mode=min", "evaluation.tasks=[{path: a}]"],
         ["evaluation.num_samples=4", "evaluation.temperature=0.6"],
+        [
+            "checkpoint.best_metric=eval/mean/accuracy",
+            "evaluation.tasks=[{path: a}, {path: b}]",
+            "evaluation.patience=2",
+        ],
+        ["checkpoint.best_metric=eval/needle/accuracy_128", "evaluation.tasks=[{kind: needle, lengths: [128, 256]}]"],
         ["export={format: difftune}", "model.attention=diff_v2"],
         ["model.path=m", "adapter={targets: [q2_proj, v_proj], ranks: {negative: 2}}"],
     ],
@@ -107,8 +118,8 @@ def test_other_commands_need_a_model_but_no_training() -> None:
     [("data/gsm8k.jsonl", "gsm8k"), ("synthetic:arithmetic", "arithmetic"), ("openai/gsm8k", "gsm8k")],
 )
 def test_a_task_is_named_after_its_path(path: str, name: str) -> None:
-    assert task_name(TaskConfig(path=path)) == name
-    assert task_name(TaskConfig(path=path, name="mine")) == "mine"
+    assert MathTaskConfig(path=path).task_name() == name
+    assert MathTaskConfig(path=path, name="mine").task_name() == "mine"
 
 
 def test_a_fresh_model_is_not_quantised_and_an_export_neither() -> None:
