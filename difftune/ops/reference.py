@@ -76,9 +76,17 @@ def reference_diff_attention(
         scale=scale,
         change_logits=change_logits,
     )
-    lam = lam.to(q.dtype)
+    return torch.einsum("bhts,bshe->bthe", difference_map(positive, negative, lam), _repeat_groups(v, q.shape[2]))
+
+
+def difference_map(positive: torch.Tensor, negative: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """``A_1 - lam * A_2``, shape ``(B, H, T, S)``, of the two maps of :func:`reference_maps`.
+
+    Lambda has shape ``()``, ``(H,)`` or ``(B, T, H)``.
+    """
+    lam = lam.to(positive.dtype)
     lam_BHT1 = lam.reshape(1, -1, 1, 1) if lam.ndim < 2 else lam.permute(0, 2, 1)[..., None]
-    return torch.einsum("bhts,bshe->bthe", positive - lam_BHT1 * negative, _repeat_groups(v, q.shape[2]))
+    return positive - lam_BHT1 * negative
 
 
 def reference_maps(
