@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -10,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.load import load_model
 from difftune.config import Config, EvaluationConfig, ModelConfig, StageConfig
-from difftune.config_checks import task_name
+from difftune.config_checks import task_defaults
 from difftune.data.datamodule import SFTDataModule
-from difftune.data.problems import load_problems
 from difftune.data.sources import Source
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
 from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.math import MathTask
+from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
@@ -125,29 +126,10 @@ def build_module(
     return FinetuneModule(model, total_steps=total_steps(stage, data, world_size), **options)
 
 
-def build_tasks(config: EvaluationConfig) -> list[MathTask]:
-    """The sets of problems, loaded."""
-    return [
-        MathTask(
-            name=task_name(task),
-            problems=load_problems(
-                task.path,
-                task.limit,
-                config.seed,
-                format=task.format,
-                split=task.split,
-                name=task.hub_name,
-                options=task.options,
-            ),
-            max_new_tokens=task.max_new_tokens or config.max_new_tokens,
-            batch_size=config.batch_size,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_samples=config.num_samples,
-            seed=config.seed,
-        )
-        for task in config.tasks
-    ]
+def build_tasks(config: EvaluationConfig) -> list[Task[Any]]:
+    """The tasks, with their data read."""
+    defaults = task_defaults(config)
+    return [task.build(defaults) for task in config.tasks]
 
 
 def build_trainer(
@@ -178,7 +160,8 @@ def build_trainer(
     if settings.tasks:
         tasks = build_tasks(settings)
         for task in tasks:
-            _warn_of_contamination(task, data)
+            if isinstance(task, MathTask):
+                _warn_of_contamination(task, data)
         callbacks.append(
             ScheduledEvaluation(
                 tasks,

@@ -154,10 +154,12 @@ def _run(found: Invocation) -> int:
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
         if name not in found.values and "print-config" not in found.flags:
             raise UsageError(f"{command} needs --{name}; see difftune {command} --help")
-    if command == "evaluate" and config_file is None and "data" not in found.values:
-        raise UsageError("evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks")
+    if command == "evaluate" and config_file is None and not {"data", "task"} & found.values.keys():
+        raise UsageError(
+            "evaluate needs tasks: --data FILE, --task KIND, or --config with a recipe that has evaluation.tasks"
+        )
 
-    config = load_config(config_file, _option_overrides(found) + found.overrides, command=command)
+    config = load_config(config_file, _option_overrides(found) + _task_overrides(found), command=command)
     if "print-config" in found.flags:
         from difftune.config_text import to_yaml
 
@@ -222,8 +224,7 @@ def _option_overrides(found: Invocation) -> list[str]:
     if "model" in found.values:
         # A model brings its tokenizer; the recipe's is for a fresh one.
         overrides.append("tokenizer=null")
-    if "data" in found.values:
-        tasks: list[dict[str, Any]] = [{"path": path} for path in found.values["data"]]
+    if tasks := _tasks(found):
         overrides.append(f"evaluation.tasks={json.dumps(tasks)}")
     if found.command == "export" and "format" not in found.values:
         overrides.append("export={}")
@@ -231,6 +232,35 @@ def _option_overrides(found: Invocation) -> list[str]:
         if option.key is not None and option.name in found.values:
             value = found.values[option.name][0]
             overrides.append(f"{option.key}={json.dumps(value) if option.is_text else value}")
+    return overrides
+
+
+def _tasks(found: Invocation) -> list[dict[str, Any]]:
+    """The tasks of --data FILE and --task KIND or KIND:TEXT, as a recipe would have them."""
+    from difftune.tasks import KINDS
+
+    tasks: list[dict[str, Any]] = [{"path": path} for path in found.values.get("data", [])]
+    for text in found.values.get("task", []):
+        kind, colon, operand = text.partition(":")
+        if kind not in KINDS:
+            raise UsageError(
+                f"--task {text}: unknown kind '{kind}'{_nearest(kind, KINDS, '')}; one of {', '.join(KINDS)}"
+            )
+        key = KINDS[kind].operand
+        if colon and (key is None or not operand):
+            raise UsageError(f"--task {text}: write --task {kind}" + (f":{key.upper()}" if key else ""))
+        tasks.append({"kind": kind, **({key: operand} if key and operand else {})})
+    return tasks
+
+
+def _task_overrides(found: Invocation) -> list[str]:
+    """The user's KEY=VALUE; with --task KIND, `KIND.key=value` is a key of every task of that kind."""
+    kinds = [task.get("kind") for task in _tasks(found)]
+    overrides = []
+    for text in found.overrides:
+        kind, dot, rest = text.removeprefix("--").partition(".")
+        places = [index for index, name in enumerate(kinds) if dot and name == kind and "=" in rest]
+        overrides += [f"evaluation.tasks.{index}.{rest}" for index in places] or [text]
     return overrides
 
 

@@ -63,14 +63,23 @@ COMMANDS = {
   difftune fit --config recipes/gsm8k_small.yaml 'data.train=[{path: my.jsonl}]' --dry-run""",
     ),
     "evaluate": Command(
-        summary="solve problems with a model and grade the answers",
-        about="Generates an answer for every problem, grades it, and reports the accuracy with a 95% interval.",
+        summary="solve problems with a model and grade the answers; retrieval, many-shot learning, position NLL",
+        about="Runs tasks on a model. --data: generates an answer for every problem, grades it, and reports the accuracy\n"
+        "with a 95% interval. --task: any kind of task, also several; KIND.KEY=VALUE sets its keys. With --out the\n"
+        "results are written while it works, and the same command goes on where it was stopped.",
         options=(
             _MODEL,
             Option(
                 "data",
                 "problems (.jsonl or synthetic:arithmetic); can be repeated",
                 "FILE",
+                is_text=True,
+                repeatable=True,
+            ),
+            Option(
+                "task",
+                "a kind of task, as the recipe's evaluation.tasks; KIND:TEXT names its data; can be repeated",
+                "KIND",
                 is_text=True,
                 repeatable=True,
             ),
@@ -86,7 +95,8 @@ COMMANDS = {
         examples="""
   difftune evaluate --model runs/quickstart/export --data synthetic:arithmetic --limit 200
   difftune evaluate --model DIR --data gsm8k.jsonl --data math.jsonl --max-new-tokens 1024 --out results
-  difftune evaluate --model DIR --config recipes/quickstart.yaml evaluation.batch_size=64""",
+  difftune evaluate --model DIR --config recipes/quickstart.yaml evaluation.batch_size=64
+  difftune evaluate --model DIR --task math:gsm8k.jsonl --task math:svamp.jsonl --limit 100 --out results""",
     ),
     "generate": Command(
         summary="continue prompts with a model",

@@ -14,15 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from difftune.config_field import key as _key
+from difftune.tasks.base import TaskConfig
+
 RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "gradient_checkpointing")
 """Keys of `model` that do not describe the architecture."""
-
-
-def _key(default: Any, **constraint: Any) -> Any:
-    """Field with a default and constraints: `choices`, `low`, `high` (inclusive), `above` (exclusive), `length`."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=constraint)
-    return field(default=default, metadata=constraint)
 
 
 @dataclass
@@ -204,33 +200,12 @@ class CheckpointConfig:
 
 
 @dataclass
-class TaskConfig:
-    """One set of problems to generate answers for and grade."""
-
-    path: str
-    """A file of problems with their answers, a hub id, or `synthetic:arithmetic`; as of a training source."""
-    name: str | None = None
-    """Name in metrics and samples. null: the path's last part without its ending."""
-    format: str = "auto"
-    """Name of the row format. `auto`: recognised by the columns of the first row."""
-    split: str = "test"
-    """Split of a hub data set, a folder or a generator."""
-    hub_name: str | None = None
-    """Configuration of a hub data set, such as `main` of gsm8k. null: its default."""
-    options: dict[str, Any] = _key({})
-    """Settings of a generator."""
-    limit: int | None = _key(None, low=1)
-    """Size of a random subset, drawn with `evaluation.seed`. null: all problems."""
-    max_new_tokens: int | None = _key(None, low=1)
-    """Longest answer in tokens. null: `evaluation.max_new_tokens`."""
-
-
-@dataclass
 class EvaluationConfig:
-    """Which problems to solve, when, and how the answers are decoded."""
+    """What is evaluated, when, and how answers are decoded."""
 
     tasks: list[TaskConfig] = _key([])
-    """The sets of problems."""
+    """What to evaluate: sets of problems, or another `kind` of task. Each item is a mapping with the keys of its kind,
+    described below."""
     before: bool = True
     """Evaluate before the first step."""
     at_end: bool = True

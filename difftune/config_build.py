@@ -37,7 +37,7 @@ _KINDS = {
 
 
 Constraints = Mapping[str, Any]
-"""Metadata of a field; see `_key` in config.py."""
+"""Metadata of a field; see `difftune.config_field.key`."""
 
 _UNRESOLVED = "<unresolved>"
 _REQUIRED = "???"
@@ -202,6 +202,8 @@ class _Builder:
     def _dataclass(self, value: Any, target: type, node: Node, path: str) -> Any:
         if not isinstance(value, dict):
             raise self._invalid(node, path, f"must be a mapping of keys, got {value!r}")
+        if hasattr(target, "variants"):
+            target = self._variant(value, target, node, path)
         hints = typing.get_type_hints(target)
         fields = {f.name: f for f in dataclasses.fields(target)}
         arguments, valid = {}, True
@@ -224,6 +226,16 @@ class _Builder:
         if not valid:
             raise _InvalidError
         return target(**arguments)
+
+    def _variant(self, value: dict[str, Any], target: Any, node: Node, path: str) -> type:
+        """The dataclass that a mapping's `kind` chooses among the variants of `target`."""
+        variants = target.variants()
+        kind = value.get("kind", next(f.default for f in dataclasses.fields(target) if f.name == "kind"))
+        if kind not in variants:
+            hint = nearest(str(kind), list(variants))
+            where = _child(node, "kind")
+            raise self._invalid(where, f"{path}.kind", f"must be one of {', '.join(variants)}, got {kind!r}{hint}")
+        return variants[kind]
 
     def _convert(self, value: Any, hint: Any, node: Node, path: str, constraints: Constraints) -> Any:
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -1,21 +1,24 @@
 """Checks that look at more than one key of a config. All problems are returned, not only the first."""
 
+import dataclasses
 import re
 from collections import Counter
-from pathlib import PurePath
 
-from difftune.config import Config, EvaluationConfig, StageConfig, TaskConfig
+from difftune.config import Config, EvaluationConfig, StageConfig
+from difftune.tasks.base import Defaults
+from difftune.tasks.math import MathTaskConfig
 
-FIGURES = ("accuracy", "truncated", "unparsed", "mean_length")
-"""Figures of a task by which checkpoints can be compared."""
+MEAN = "eval/mean/accuracy"
+"""The unweighted mean of the accuracies of all tasks of the kind `math`."""
 
 _STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_TASK_NAME = re.compile(r"[\w.-]+")
 _MAX_TIME = re.compile(r"\d+:\d\d:\d\d:\d\d")
 
 
-def task_name(task: TaskConfig) -> str:
-    """Name of a task in metrics and samples: its own, else the last part of its path without the ending."""
-    return task.name or PurePath(task.path.replace(":", "/")).stem
+def task_defaults(evaluation: EvaluationConfig) -> Defaults:
+    """What an evaluation says for those of its tasks that do not say it themselves."""
+    return Defaults(**{f.name: getattr(evaluation, f.name) for f in dataclasses.fields(Defaults)})
 
 
 def cross_field_problems(config: Config, command: str) -> list[str]:
@@ -98,8 +101,17 @@ def _stage_problems(config: Config, stage: StageConfig) -> list[str]:
 
 
 def _task_problems(evaluation: EvaluationConfig) -> list[str]:
-    repeated = [name for name, count in Counter(map(task_name, evaluation.tasks)).items() if count > 1]
+    names = [task.task_name() for task in evaluation.tasks]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
     problems = [f"evaluation.tasks: two tasks are named '{name}'; give each a name" for name in repeated]
+    problems += [
+        f"evaluation.tasks: '{name}' cannot name a task; use letters, digits, ., - and _ (mean is that of all)"
+        for name in names
+        if name == "mean" or not _TASK_NAME.fullmatch(name)
+    ]
+    for index, task in enumerate(evaluation.tasks):
+        found = task.problems(task_defaults(evaluation))
+        problems += [f"evaluation.tasks.{index}.{problem}" for problem in found]
     if evaluation.num_samples > 1 and evaluation.temperature == 0:
         problems.append(
             f"evaluation.num_samples: {evaluation.num_samples} greedy answers are all the same; set temperature above 0"
@@ -113,10 +125,10 @@ def _metric_problems(stage: StageConfig) -> list[str]:
     for period in ("every_n_steps", "every_n_tokens", "every_fraction"):
         if getattr(evaluation, period) is not None and not evaluation.tasks:
             problems.append(f"evaluation.{period}: there are no evaluation.tasks; name some, or set it to null")
-    names = [task_name(task) for task in evaluation.tasks]
-    if best is not None and best not in {f"eval/{name}/{figure}" for name in names for figure in FIGURES}:
-        known = (
-            f"one of {', '.join(f'eval/{name}/accuracy' for name in names)}" if names else "name some evaluation.tasks"
-        )
+    measured = [[f"eval/{task.task_name()}/{figure}" for figure in task.figures()] for task in evaluation.tasks]
+    means = [MEAN] if sum(isinstance(task, MathTaskConfig) for task in evaluation.tasks) > 1 else []
+    if best is not None and best not in {*means, *(metric for metrics in measured for metric in metrics)}:
+        shown = [*means, *(metrics[0] for metrics in measured)]
+        known = f"one of {', '.join(shown)}" if shown else "name some evaluation.tasks"
         problems.append(f"checkpoint.best_metric: {best!r} is not measured; {known}, or set it to null")
     return problems

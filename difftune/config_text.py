@@ -77,7 +77,19 @@ def documented_keys(target: type = Config, prefix: str = "") -> list[Key]:
         section = _section(hints[field.name])
         if section is not None and section is not StageConfig:
             is_list = typing.get_origin(hints[field.name]) is list
-            keys += documented_keys(section, f"{path}{'[]' if is_list else ''}.")
+            keys += _section_keys(section, f"{path}{'[]' if is_list else ''}")
+    return keys
+
+
+def _section_keys(section: Any, path: str) -> list[Key]:
+    """The keys of a section; of one with variants, those of every kind, `path[kind].key` but for the default kind."""
+    if not hasattr(section, "variants"):
+        return documented_keys(section, f"{path}.")
+    default = next(field.default for field in dataclasses.fields(section) if field.name == "kind")
+    keys = []
+    for kind, variant in section.variants().items():
+        where = path if kind == default else f"{path.removesuffix('[]')}[{kind}]"
+        keys += documented_keys(variant, f"{where}.")
     return keys
 
 
@@ -87,7 +99,8 @@ def reference_markdown() -> str:
         "# Recipe keys",
         "",
         "Made from the dataclasses of `difftune/config.py` by `make docs`; a test keeps it current.",
-        "A recipe holds only what differs from these defaults. `null` is none. `[]` stands for each item of a list.",
+        "A recipe holds only what differs from these defaults. `null` is none. `[]` stands for each item of a list,",
+        "`evaluation.tasks[needle]` for those of the kind `needle` (the kind is `math` if none is given).",
         "",
     ]
     keys = documented_keys()
@@ -96,7 +109,7 @@ def reference_markdown() -> str:
     lines += ["## Top level", "", *_table(general)]
     for section in sections:
         inside = [
-            key for key in keys if key.path.startswith((section.path + ".", section.path + "[].")) and key.default != ""
+            key for key in keys if key.path.startswith((section.path + ".", section.path + "[")) and key.default != ""
         ]
         lines += ["", f"## {section.path}", "", section.meaning, "", *_table(inside)]
     return "\n".join(lines) + "\n"
@@ -119,9 +132,9 @@ def _table(keys: list[Key]) -> list[str]:
 
 def _field_strings(target: type) -> dict[str, str]:
     """The string beneath each field of a dataclass, on one line."""
+    found = _field_strings(target.__base__) if dataclasses.is_dataclass(target.__base__) else {}
     (definition,) = ast.parse(inspect.getsource(target)).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
     for field, text in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from difftune.data.datamodule import SFTDataModule
 from difftune.environment import total_memory_bytes
-from difftune.evaluation.math import MathTask
+from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.callbacks import peak_memory_gib
 from difftune.training.finetune import FinetuneModule
@@ -42,7 +43,7 @@ def report_size(console: Console, config: DiffTransformerConfig, dtype: torch.dt
 
 
 def dry_run_stage(
-    console: Console, name: str, data: SFTDataModule, module: FinetuneModule, tasks: Sequence[MathTask]
+    console: Console, name: str, data: SFTDataModule, module: FinetuneModule, tasks: Sequence[Task[Any]]
 ) -> None:
     """Print the statistics and one sample of a stage's data, then take one optimiser step on one micro-batch.
 
@@ -63,7 +64,8 @@ def dry_run_stage(
     if len(text) > SAMPLE_CHARACTERS:
         console.print(f"(and {len(text) - SAMPLE_CHARACTERS:,} characters more)", highlight=False)
     for task in tasks:
-        console.print(f"\nevaluation {task.name}: {len(task.problems)} problems", highlight=False)
+        unit = "problems" if task.kind == "math" else f"items ({task.kind})"
+        console.print(f"\nevaluation {task.name}: {task.num_items} {unit}", highlight=False)
     if next(module.model.parameters()).is_meta:
         console.print(
             "\n[yellow]No step was taken: the model does not fit this machine. Everything else was built.[/] "

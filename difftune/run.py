@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +30,15 @@ from difftune.checkpoints.convert import MAX_SHARD_BYTES, Conversion, convert_ch
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
 from difftune.config import Config, StageConfig
+from difftune.config_checks import task_defaults
 from difftune.config_text import to_yaml
 from difftune.dry_run import dry_run_stage, report_size
+from difftune.evaluate import describe_model, evaluate_tasks
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.report.summary import accuracy_table
-from difftune.run_folder import RunFolder, write_json, write_json_lines
+from difftune.result_folder import ResultFolder
+from difftune.run_folder import RunFolder
 from difftune.training.checkpoint_io import step_of
 from difftune.training.preemption import Preemption
 
@@ -94,45 +96,44 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
 
 
 def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Solve the problems of every task, print a table, and return the figures by task name.
+    """Run every task, print tables, and return the figures by task name.
 
     Args:
         config: With `model.path` and `evaluation`.
-        out: Folder for `results.json` and `samples/TASK.jsonl`. None: nothing is written.
+        out: Folder for `results.json`, `metrics.jsonl` and `samples/TASK.jsonl`, written while it works; what it holds
+            already is not done again. None: nothing is written.
+
+    Raises:
+        ValueError: If `out` holds results of another model or of other settings.
+        SystemExit: With 128 + the number of the signal that stopped the work, once everything is written.
     """
     _set_up_logging()
-    tasks = build_tasks(config.evaluation)
-    model, tokenizer = _load_for_inference(config)
-    table = Table(title=f"accuracy of {config.model.path}", title_justify="left")
-    for column in ("task", "accuracy", "95% interval", "n", "truncated", "unparsed", "mean tokens", "seconds"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    results: dict[str, dict[str, Any]] = {}
-    limit = config.evaluation.time_limit_s
-    for task in tasks:
-        started = time.monotonic()
-        with console.status(f"{task.name}: {len(task.problems)} problems"):
-            samples = task.run(model, tokenizer, deadline=None if limit is None else started + limit / len(tasks))
-        task.close()
-        result = task.summarise(samples)
-        seconds = time.monotonic() - started
-        results[task.name] = {**result.to_dict(), "seconds": round(seconds, 2)}
-        low, high = result.interval
-        table.add_row(
-            task.name,
-            f"{result.accuracy:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            str(result.n),
-            f"{result.truncated:.1%}",
-            f"{result.unparsed:.1%}",
-            f"{result.mean_length:.0f}",
-            f"{seconds:.1f}",
+    assert config.model.path is not None, "checked with the config"
+    folder = None if out is None else ResultFolder(out)
+    if folder is not None:
+        # What is computed does not depend on how many prompts are decoded together.
+        defaults = {
+            name: value for name, value in vars(task_defaults(config.evaluation)).items() if name != "batch_size"
+        }
+        settings = {task.task_name(): {**vars(task), "defaults": defaults} for task in config.evaluation.tasks}
+        run_time = {"dtype": config.model.dtype, "attention_backend": config.model.attention_backend}
+        folder.open({**describe_model(config.model.path), **run_time, "tasks": settings})
+    with Preemption() as preemption:
+        tasks = build_tasks(config.evaluation)
+        model, tokenizer = _load_for_inference(config)
+        results = evaluate_tasks(
+            console,
+            tasks,
+            model,
+            tokenizer,
+            label=config.model.path,
+            folder=folder,
+            time_limit_s=config.evaluation.time_limit_s,
+            should_stop=preemption.is_preempted,
         )
-        if not result.complete:
-            log.warning("%s: %d problems were not reached within the time limit", task.name, result.skipped)
-        if out is not None:
-            write_json_lines(out / "samples" / f"{task.name}.jsonl", [vars(sample) for sample in samples])
-            write_json(out / "results.json", {"model": config.model.path, "tasks": results})
-    console.print(table)
+    if preemption.exit_code is not None:
+        log.warning("stopped by a signal; with --out the same command goes on from here")
+        raise SystemExit(preemption.exit_code)
     return results
 
 

@@ -13,7 +13,6 @@
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +114,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def write_json_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
-    """Write a file of one JSON object a line, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
 def _check_same_run(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -98,6 +98,24 @@ def test_evaluate_turns_its_options_into_config(calls: dict[str, Any]) -> None:
     assert calls["arguments"] == {"out": Path("results")}
 
 
+def test_tasks_are_named_by_kind_and_their_keys_are_set_by_it(calls: dict[str, Any]) -> None:
+    tasks = ["--task", "math:a.jsonl", "--data", "z.jsonl", "--task=math:b.jsonl"]
+    assert cli.main(["evaluate", "--model", "m", *tasks, "--limit", "9", "math.limit=4", "--math.split=x"]) == 0
+    found = [(t.task_name(), t.limit, t.split) for t in calls["config"].evaluation.tasks]
+    assert found == [("z", 9, "test"), ("a", 4, "x"), ("b", 4, "x")]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("mth", "--task mth: unknown kind 'mth'; did you mean math?; one of math"),
+        ("math:", "--task math:: write --task math:PATH"),
+    ],
+)
+def test_a_task_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], task: str, message: str) -> None:
+    assert refuse(capsys, "evaluate", "--model", "m", "--task", task).startswith(message)
+
+
 def test_evaluate_takes_the_tasks_of_a_recipe_and_the_tokenizer_of_the_model(
     calls: dict[str, Any], recipe: str
 ) -> None:
@@ -155,7 +173,7 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
         (["fit", "--prompt", "x"], "--prompt is not an option of fit, but of generate"),
         (
             ["evaluate", "--model", "m"],
-            "evaluate needs problems: --data FILE, or --config with a recipe that has evaluation.tasks",
+            "evaluate needs tasks: --data FILE, --task KIND, or --config with a recipe that has evaluation.tasks",
         ),
         (["generate", "--model", "m"], "generate needs --prompt; see difftune generate --help"),
         (["export", "--model", "m"], "export needs --out; see difftune export --help"),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from difftune.config import TaskConfig, load_config
-from difftune.config_checks import task_name
+from difftune.config import load_config
+from difftune.tasks.math import MathTaskConfig
 
 ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]", "trainer.max_steps=10")
 
@@ -96,5 +96,5 @@ def test_other_commands_need_a_model_but_no_training() -> None:
     [("data/gsm8k.jsonl", "gsm8k"), ("synthetic:arithmetic", "arithmetic"), ("openai/gsm8k", "gsm8k")],
 )
 def test_a_task_is_named_after_its_path(path: str, name: str) -> None:
-    assert task_name(TaskConfig(path=path)) == name
-    assert task_name(TaskConfig(path=path, name="mine")) == "mine"
+    assert MathTaskConfig(path=path).task_name() == name
+    assert MathTaskConfig(path=path, name="mine").task_name() == "mine"

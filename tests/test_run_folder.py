@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from difftune.run_folder import RunFolder, write_json_lines
+from difftune.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -58,8 +58,3 @@ def test_a_stage_that_ended_without_a_checkpoint_is_an_error(folder):
 def test_the_best_checkpoint_is_what_a_stage_came_to(folder):
     (folder.checkpoints("main") / "best").mkdir(parents=True)
     assert folder.finished_checkpoint("main").name == "best"
-
-
-def test_json_lines_are_one_object_a_line(tmp_path):
-    write_json_lines(tmp_path / "a" / "b.jsonl", [{"x": 1}, {"x": 2}])
-    assert [json.loads(line)["x"] for line in (tmp_path / "a" / "b.jsonl").read_text().splitlines()] == [1, 2]

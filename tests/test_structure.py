@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted([ROOT / "cli.py", *MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
-CONFIG = {"config", "config_tree", "config_build", "config_checks", "config_text"}
+CONFIG = {"config", "config_tree", "config_build", "config_checks", "config_text", "config_field", "tasks"}
 ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difftune
     "ops": set(),
     "environment": set(),
@@ -30,18 +30,24 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "evaluation": {"modeling", "ops"},
     "report": set(),
     **{name: CONFIG for name in CONFIG},
+    # A kind of task: its keys, and how it is built; the room below is imported when it is.
+    "tasks": {"config_field", "data", "evaluation"},
     # What run.py is made of: these, and the command line, are all that may see a config.
     "dry_run": {"environment", "data", "evaluation", "modeling", "training"},
     "run_folder": {"environment", "training"},
+    "result_folder": {"evaluation"},
+    "evaluate": {"evaluation", "result_folder"},
     "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
     "run": {
         *CONFIG,
         "build",
         "checkpoints",
         "dry_run",
+        "evaluate",
         "evaluation",
         "modeling",
         "report",
+        "result_folder",
         "run_folder",
         "training",
     },

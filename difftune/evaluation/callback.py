@@ -4,59 +4,20 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from difftune.evaluation.means import mean_accuracy
+from difftune.evaluation.task import Result, Task
+
 log = logging.getLogger(__name__)
-
-
-class Result(Protocol):
-    """What came out of a task."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether it covers all that the task asks."""
-
-    @property
-    def samples(self) -> Sequence[Any]:
-        """What was generated and how it was judged, as dataclasses, in the order of the task."""
-
-    def metrics(self) -> dict[str, float]:
-        """The figures to log, by name."""
-
-    def __str__(self) -> str:
-        """What a reader of the terminal wants to know, in one line."""
-
-
-class Task(Protocol):
-    """Something that can be evaluated, such as `difftune.evaluation.math.MathTask`."""
-
-    name: str
-
-    def run(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        part: tuple[int, int],
-        should_stop: Callable[[], bool] | None,
-        deadline: float | None,
-    ) -> list[Any]:
-        """Samples (dataclasses) of part r of w of the task."""
-
-    def summarise(self, samples: Iterable[Any]) -> Result:
-        """The result of the samples of all parts."""
-
-    def close(self) -> None:
-        """Let go of processes and the like."""
 
 
 class ScheduledEvaluation(Callback):
@@ -95,7 +56,7 @@ class ScheduledEvaluation(Callback):
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task[Any]],
         tokenizer: PreTrainedTokenizerBase,
         *,
         samples_dir: str | Path | None = None,
@@ -236,6 +197,9 @@ class ScheduledEvaluation(Callback):
                 lines += [{**origin, **asdict(sample)} for sample in result.samples]
                 if trainer.is_global_zero:
                     _report(task.name, step, result, figures, self.time_limit_s)
+        mean = mean_accuracy(self.tasks, results)
+        metrics |= mean
+        valid |= mean
         self._pending, self._evaluated_step, self.results[step] = False, step, results
         pl_module.log_metrics(metrics, step)
         if trainer.is_global_zero and self.samples_dir is not None:
@@ -259,7 +223,7 @@ def _report(name: str, step: int, result: Result, figures: dict[str, float], tim
     if not result.complete:
         log.warning(
             "evaluation of %s at step %d is not complete after %s s, and is left out of the choice of the best "
-            "checkpoint: raise time_limit_s, or take fewer problems",
+            "checkpoint: raise time_limit_s, or take fewer items",
             name,
             step,
             time_limit_s,

@@ -1,19 +1,22 @@
 """Accuracy on problems with a known final answer: generate, find the answer, grade, and say how sure the figure is."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.grading import VERDICTS, Grader
 from difftune.evaluation.intervals import wilson_interval
+from difftune.evaluation.task import Clock, ItemTask, share, without_nan
 
-_INTERRUPTED = "interrupted"
+_BATCHES_A_BLOCK = 8
 
 
 class Problem(Protocol):
@@ -53,7 +56,7 @@ class Sample:
     answer: str | None
     """The final answer found in it."""
     verdict: str
-    """How it was graded: one of `grading.VERDICTS`, or "interrupted" where the time was over."""
+    """How it was graded: one of `grading.VERDICTS`."""
     num_tokens: int
     """Length of the text in tokens."""
     finished: bool
@@ -71,7 +74,7 @@ class MathResult:
     n: int
     """Problems that were graded."""
     skipped: int
-    """Problems of which an answer is missing because the time was over."""
+    """Problems that were not reached because the time was over."""
     truncated: float
     """Share of answers cut at `max_new_tokens`."""
     unparsed: float
@@ -113,12 +116,28 @@ class MathResult:
         names = ("accuracy", "interval", "n", "skipped", "truncated", "unparsed", "mean_length", "verdicts")
         values = {name: getattr(self, name) for name in names}
         values["interval"] = list(self.interval)
-        return {name: None if value != value else value for name, value in values.items()}
+        return without_nan(values)
+
+    def row(self) -> dict[str, str]:
+        """The figures as text, by column."""
+        low, high = self.interval
+        return {
+            "accuracy": share(self.accuracy),
+            "95% interval": f"{low:.3f} to {high:.3f}",
+            "n": str(self.n),
+            "truncated": f"{self.truncated:.1%}",
+            "unparsed": f"{self.unparsed:.1%}",
+            "mean tokens": f"{self.mean_length:.0f}",
+        }
+
+    def tables(self) -> list[Table]:
+        """None: the row says it all."""
+        return []
 
 
 @dataclass
-class MathTask:
-    """A set of problems and how they are to be answered; what `ScheduledEvaluation` runs.
+class MathTask(ItemTask[Sample]):
+    """A set of problems and how they are to be answered.
 
     Raises:
         ValueError: If there is no problem, or if several greedy answers are asked for, which would all be the same.
@@ -154,32 +173,33 @@ class MathTask:
                 "greedy answers are all the same"
             )
 
-    def run(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        part: tuple[int, int] = (0, 1),
-        should_stop: Callable[[], bool] | None = None,
-        deadline: float | None = None,
-    ) -> list[Sample]:
-        """Answer the problems and grade the answers.
+    kind: ClassVar[str] = "math"
+    sample_type: ClassVar[type] = Sample
 
-        Args:
-            model: The model.
-            tokenizer: With a chat template.
-            part: (r, w): only problems r, r + w, ... of the set, for rank r of w.
-            should_stop: Polled at every token; True ends the work.
-            deadline: A value of `time.monotonic()` that ends the work.
+    @property
+    def num_items(self) -> int:
+        """The number of problems."""
+        return len(self.problems)
+
+    def blocks(self, indices: list[int]) -> list[list[int]]:
+        """Eight batches a block, of problems drawn at random: inside a block, prompts of similar length meet."""
+        order = sorted(indices)
+        random.Random(self.seed).shuffle(order)
+        size = max(1, _BATCHES_A_BLOCK * self.batch_size // self.num_samples)
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def run_block(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, indices: list[int], clock: Clock
+    ) -> list[Sample]:
+        """Answer problems and grade the answers.
 
         Returns:
-            `num_samples` samples a problem; those that the time did not allow have the verdict "interrupted".
+            `num_samples` samples a problem, in the order of the set; none of a problem that the time did not allow.
 
         Raises:
             ValueError: If the tokenizer has no chat template or cannot encode a prompt.
         """
-        indices = range(part[0], len(self.problems), part[1])
-        repeated = [index for index in indices for _ in range(self.num_samples)]
+        repeated = [index for index in sorted(indices) for _ in range(self.num_samples)]
         prompts = {index: _prompt(tokenizer, self.problems[index]) for index in indices}
         generations = generate_texts(
             model,
@@ -189,35 +209,31 @@ class MathTask:
             batch_size=self.batch_size,
             temperature=self.temperature,
             top_p=self.top_p,
-            # Ranks must not draw the same numbers.
-            seed=self.seed * part[1] + part[0],
-            should_stop=should_stop,
-            deadline=deadline,
+            # Blocks, and so ranks, must not draw the same numbers.
+            seed=random.Random(f"{self.seed} {min(indices)}").getrandbits(31),
+            should_stop=clock.is_over,
         )
-        done = [(index, text) for index, text in zip(repeated, generations, strict=True) if not text.interrupted]
-        grades = iter(self.grader.grade_all((text.text, self.problems[index].answer) for index, text in done))
-        samples = []
-        for index, text in zip(repeated, generations, strict=True):
-            grade = None if text.interrupted else next(grades)
-            problem = self.problems[index]
-            samples.append(
-                Sample(
-                    index=index,
-                    id=problem.id,
-                    question=problem.question,
-                    gold=problem.answer,
-                    text=text.text,
-                    answer=grade.answer if grade else None,
-                    verdict=grade.verdict if grade else _INTERRUPTED,
-                    num_tokens=text.num_tokens,
-                    finished=text.finished,
-                )
+        cut = {index for index, text in zip(repeated, generations, strict=True) if text.interrupted}
+        done = [pair for pair in zip(repeated, generations, strict=True) if pair[0] not in cut]
+        grades = self.grader.grade_all((text.text, self.problems[index].answer) for index, text in done)
+        return [
+            Sample(
+                index=index,
+                id=self.problems[index].id,
+                question=self.problems[index].question,
+                gold=self.problems[index].answer,
+                text=text.text,
+                answer=grade.answer,
+                verdict=grade.verdict,
+                num_tokens=text.num_tokens,
+                finished=text.finished,
             )
-        return samples
+            for (index, text), grade in zip(done, grades, strict=True)
+        ]
 
     def summarise(self, samples: Iterable[Sample]) -> MathResult:
         """Figures of the samples, of all parts together."""
-        return summarise(samples)
+        return summarise(samples, self.num_items)
 
     def close(self) -> None:
         """End the grading process."""
@@ -261,15 +277,14 @@ def evaluate_math(
     """
     task = MathTask("math", problems, max_new_tokens, batch_size, temperature, top_p, num_samples, seed)
     try:
-        return summarise(task.run(model, tokenizer, should_stop=should_stop, deadline=deadline))
+        return task.summarise(task.run(model, tokenizer, should_stop=should_stop, deadline=deadline))
     finally:
         task.close()
 
 
-def summarise(samples: Iterable[Sample]) -> MathResult:
-    """Figures of graded samples; interrupted ones count as skipped."""
-    samples = sorted(samples, key=lambda sample: sample.index)
-    done = [sample for sample in samples if sample.verdict != _INTERRUPTED]
+def summarise(samples: Iterable[Sample], num_problems: int) -> MathResult:
+    """Figures of graded samples of some of so many problems."""
+    done = sorted(samples, key=lambda sample: sample.index)
     right_by_problem: dict[int, list[bool]] = {}
     for sample in done:
         right_by_problem.setdefault(sample.index, []).append(sample.verdict == "correct")
@@ -279,12 +294,12 @@ def summarise(samples: Iterable[Sample]) -> MathResult:
         accuracy=accuracy,
         interval=wilson_interval(accuracy, len(right_by_problem)),
         n=len(right_by_problem),
-        skipped=len({sample.index for sample in samples if sample.verdict == _INTERRUPTED}),
+        skipped=num_problems - len(right_by_problem),
         truncated=_mean([not sample.finished for sample in done]),
         unparsed=_mean([sample.verdict == "unparsed" for sample in done]),
         mean_length=_mean([sample.num_tokens for sample in done]),
         verdicts={verdict: counts[verdict] for verdict in VERDICTS},
-        samples=samples,
+        samples=done,
     )
 
 

@@ -70,6 +70,8 @@ class FakeResult:
 class FakeTask:
     """Records when it is run; `act` may do something in the middle of it."""
 
+    kind = "fake"
+
     def __init__(
         self, name: str = "fake", complete: bool = True, act: Callable[[], None] = lambda: None, size: int = 1
     ) -> None:
