@@ -229,9 +229,9 @@ def _overall_table(sample: ActivationsSample) -> Table:
         table.add_column(column, justify="right" if column else "left")
     for title, figures in (("attention logits", sample.logits), ("hidden states", sample.hidden)):
         table.add_row(title, *(f"{figures.get(name, float('nan')):.2f}" for name in names))
-    for kind, title in (("diff_v1", "paper, DIFF 3B"), ("softmax", "paper, Transformer 3B")):
+    for kind, title in (("diff_v1", "DIFF 3B"), ("softmax", "Transformer 3B")):
         for what in ("logits", "hidden"):
-            table.add_row(f"{title}: {what}", *(f"{PAPER[kind][what][name]:.1f}" for name in names), style="dim")
+            table.add_row(f"paper: {title}, {what}", *(f"{PAPER[kind][what][name]:.1f}" for name in names), style="dim")
     return table
 
 

@@ -16,10 +16,16 @@ Recipes, `--task KIND`, strict checks with the nearest name, `fit --list-keys`, 
 from these. `--task KIND:TEXT` sets the field that `TaskConfig.operand` names.
 """
 
+from difftune.tasks.activations import ActivationsTaskConfig
+from difftune.tasks.attention_noise import AttentionNoiseTaskConfig
 from difftune.tasks.base import TaskConfig
 from difftune.tasks.math import MathTaskConfig
+from difftune.tasks.quantization import QuantizationTaskConfig
 
 KINDS: dict[str, type[TaskConfig]] = {
     "math": MathTaskConfig,
+    "activations": ActivationsTaskConfig,
+    "attention_noise": AttentionNoiseTaskConfig,
+    "quantization": QuantizationTaskConfig,
 }
 """The dataclass of each kind."""
