@@ -30,6 +30,8 @@ class Command:
     examples: str
     operand: str | None = None
     """What follows the command's name, for a command that reads no recipe."""
+    many: bool = False
+    """Whether several operands may follow."""
 
 
 COMMON = (
@@ -154,6 +156,30 @@ COMMANDS = {
   difftune convert runs/quickstart/export --to unilm --out quickstart-unilm""",
         operand="SOURCE",
     ),
+    "compare": Command(
+        summary="what runs came to, recipe by recipe, over their seeds",
+        about="Groups runs (the folders that fit or evaluate --out wrote) by recipe, whatever their seed, and shows each\n"
+        "metric's mean with half of its 95% interval over the seeds; of two recipes, the difference too.",
+        options=(
+            Option("metric", "only these; * is any text; can be repeated", "NAME", is_text=True, repeatable=True),
+        ),
+        examples="""
+  difftune compare runs/diff-* runs/softmax-*
+  difftune compare runs/diff-* runs/softmax-* --metric 'noise/*'""",
+        operand="RUN",
+        many=True,
+    ),
+    "report": Command(
+        summary="one page about runs, with every curve, table and sample",
+        about="Writes one self-contained HTML page about runs (the folders that fit or evaluate --out wrote): what they\n"
+        "came to, curves, lambda by layer, evaluations, samples, differences of their recipes, the paper beside.",
+        options=(Option("out", "the file to write (report.html)", "FILE", is_text=True),),
+        examples="""
+  difftune report runs/quickstart --out report.html
+  difftune report runs/diff-* runs/softmax-* --out comparison.html""",
+        operand="RUN",
+        many=True,
+    ),
 }
 
 
@@ -187,7 +213,7 @@ def command_help(name: str) -> str:
         lines.append(f"  {left:<22}{option.help}{key}")
     options = "\n".join(lines)
     if command.operand is not None:
-        return f"""usage: difftune {name} {command.operand} [options]
+        return f"""usage: difftune {name} {command.operand}{' ...' if command.many else ''} [options]
 
 {command.about}
 

@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "training",
     },
     "cli_commands": set(),
-    "cli": {*CONFIG, "cli_commands", "run"},
+    "cli": {*CONFIG, "cli_commands", "report", "run"},
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 

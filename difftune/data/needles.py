@@ -1,12 +1,14 @@
 """Facts hidden in noise, and questions about them: the teacher and the examiner of retrieval.
 
 `synthetic:needles` writes a context of filler in which some facts stand, each a key with a number of its own, and asks
-for the numbers of some of the keys. Rows have the columns `question` (context and query), `answer` (the numbers, with
-commas between them), and where the first number asked for is to be found: `context`, `query`, `needle`, `value`,
-`depth`. Two styles:
+for the numbers of some of the keys. Rows have the columns `question` (context and query), `answer`, and where the first
+number asked for is to be found: `context`, `query`, `needle` (the fact), `value` (the number), `depth`, and `lead` (what
+of the answer stands before the number). Two styles:
 
-* ``prose``: sentences, such as "The special magic number of Lisbon is 4821.", for models that read English
-* ``terse``: characters, such as "Qk57 ", for models of minutes, where each character is a token
+* ``prose``: sentences, such as "The special magic number of Lisbon is 4821.", for models that read English; the answer
+  is the number, or numbers with commas between them
+* ``terse``: characters, such as "Qk57", for models of minutes, where each character is a token; the answer says key and
+  number again, which the simplest of circuits can do: find what stood before, copy what came next
 
 The protocol is that of Gemini 1.5 and LWM, which the paper follows: of N facts, R are asked for; the first of these
 stands at a chosen depth, the others at random places.
@@ -81,18 +83,20 @@ def _row(
         pieces.insert(places[index], facts[index])
     context = " ".join(pieces)
     names = keys[:asked]
+    lead = "" if prose else names[0]
     if prose:
         listed = names[0] if asked == 1 else ", ".join(names[:-1]) + " and " + names[-1]
         query = f"What {'is the special magic number' if asked == 1 else 'are the special magic numbers'} of {listed}?"
     else:
-        query = ",".join(names)
+        query = " ".join(names)
     return {
         "question": f"{context}\n{query}",
-        "answer": ",".join(values[:asked]),
+        "answer": ",".join(values[:asked]) if prose else " ".join(facts[:asked]),
         "context": context,
         "query": query,
         "needle": facts[0],
         "value": values[0],
+        "lead": lead,
         "depth": depth,
     }
 

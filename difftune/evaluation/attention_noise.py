@@ -1,7 +1,7 @@
 """How much attention goes to the answer and how much to the noise around it, when a fact is asked for.
 
 Each item is a context in which a fact stands, and a question about it. The query is the last token of the prompt, the
-one that has to produce the answer. Keys fall into three groups: the tokens of the answer (`answer`), those of the
+one that has to produce the first token of the answer. Keys fall into three groups: the tokens of the answer (`answer`), those of the
 context but the sentence of the answer (`noise`), and the rest (sentence, question, chat markers). A head's shares are
 
     share(group) = sum over the keys s of the group |A[s]|  /  sum over all s |A[s]|
@@ -55,6 +55,10 @@ class Probe(Protocol):
     @property
     def value(self) -> str:
         """The answer, as it stands in the fact."""
+
+    @property
+    def lead(self) -> str:
+        """What the model is taken to have answered already, before the value."""
 
     @property
     def depth(self) -> float:
@@ -247,6 +251,7 @@ def locate(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[list[int],
     messages = [{"role": "user", "content": f"{probe.context}\n{probe.query}"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
+    text += probe.lead
     begin = text.index(probe.context)
     needle = begin + probe.context.index(probe.needle)
     value = needle + probe.needle.index(probe.value)

@@ -19,6 +19,7 @@ class Fact:
     query: str = "Qk"
     needle: str = "Qk57"
     value: str = "57"
+    lead: str = ""
     depth: float = 0.5
 
 
@@ -63,6 +64,8 @@ def test_tokens_of_answer_and_noise_are_found_in_the_prompt():
     assert "".join(t for t, is_answer in zip(text, answer, strict=True) if is_answer) == "57"
     assert "".join(t for t, is_noise in zip(text, noise, strict=True) if is_noise) == "abc def  ghi jkl"
     assert text[0] == "<|user|>" and text[-1] == "<|assistant|>"
+    led, *_ = locate(TOKENIZER, Fact(lead="Qk"))
+    assert led == [*tokens, *TOKENIZER("Qk")["input_ids"]]
 
 
 @pytest.mark.parametrize("fact", [Fact(needle="Zz99", value="99"), Fact(context="Qk57 Qk57"), Fact(value="7Z")])
