@@ -7,8 +7,9 @@ of the answer stands before the number). Two styles:
 
 * ``prose``: sentences, such as "The special magic number of Lisbon is 4821.", for models that read English; the answer
   is the number, or numbers with commas between them
-* ``terse``: characters, such as "Qk57", for models of minutes, where each character is a token; the answer says key and
-  number again, which the simplest of circuits can do: find what stood before, copy what came next
+* ``terse``: characters, such as "Qk57", for models of minutes, where each character is a token. The query is one key,
+  the answer its fact and then, where R is more than 1, other facts: much to learn from one context, by the simplest of
+  circuits, which looks for what stands before and copies what comes next. Ask for one to examine.
 
 The protocol is that of Gemini 1.5 and LWM, which the paper follows: of N facts, R are asked for; the first of these
 stands at a chosen depth, the others at random places.
@@ -88,7 +89,7 @@ def _row(
         listed = names[0] if asked == 1 else ", ".join(names[:-1]) + " and " + names[-1]
         query = f"What {'is the special magic number' if asked == 1 else 'are the special magic numbers'} of {listed}?"
     else:
-        query = " ".join(names)
+        query = names[0]
     return {
         "question": f"{context}\n{query}",
         "answer": ",".join(values[:asked]) if prose else " ".join(facts[:asked]),
