@@ -66,9 +66,9 @@ COMMANDS = {
     ),
     "evaluate": Command(
         summary="solve problems with a model and grade the answers; retrieval, many-shot learning, position NLL",
-        about="Runs tasks on a model. --data: generates an answer for every problem, grades it, and reports the accuracy\n"
-        "with a 95% interval. --task: any kind of task, also several; KIND.KEY=VALUE sets its keys. With --out the\n"
-        "results are written while it works, and the same command goes on where it was stopped.",
+        about="Runs tasks on a model. --data: generates an answer for every problem, grades it, and reports the\n"
+        "accuracy with a 95% interval. --task: any kind of task, also several; KIND.KEY=VALUE sets its keys.\n"
+        "With --out results are written while it works, and the same command goes on where it was stopped.",
         options=(
             _MODEL,
             Option(

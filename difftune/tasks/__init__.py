@@ -19,11 +19,17 @@ from these. `--task KIND:TEXT` sets the field that `TaskConfig.operand` names.
 from difftune.tasks.activations import ActivationsTaskConfig
 from difftune.tasks.attention_noise import AttentionNoiseTaskConfig
 from difftune.tasks.base import TaskConfig
+from difftune.tasks.many_shot import ManyShotTaskConfig
 from difftune.tasks.math import MathTaskConfig
+from difftune.tasks.needle import NeedleTaskConfig
+from difftune.tasks.nll import NllTaskConfig
 from difftune.tasks.quantization import QuantizationTaskConfig
 
 KINDS: dict[str, type[TaskConfig]] = {
     "math": MathTaskConfig,
+    "many_shot": ManyShotTaskConfig,
+    "needle": NeedleTaskConfig,
+    "nll": NllTaskConfig,
     "activations": ActivationsTaskConfig,
     "attention_noise": AttentionNoiseTaskConfig,
     "quantization": QuantizationTaskConfig,

@@ -17,7 +17,7 @@ class ActivationsTaskConfig(TaskConfig):
     kind: str = "activations"
     """Outliers of attention logits and hidden states."""
     path: str
-    """The text: a file, folder, hub id or generator, as of a training source."""
+    """The text: a file, folder, hub id or generator, as of a training source; or a .txt file, or `synthetic:prose`."""
     format: str = "auto"
     """Name of the row format. `auto`: recognised by the columns of the first row."""
     split: str = "test"

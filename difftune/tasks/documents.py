@@ -17,7 +17,7 @@ def read_documents(
     """The documents of a source, as training would read them.
 
     Args:
-        path: As of a training source.
+        path: As of a training source, or a .txt file, or `synthetic:prose`.
         format: Name of the row format.
         split: Split of a hub data set, folder or generator.
         name: Configuration of a hub data set.
@@ -33,6 +33,10 @@ def read_documents(
     from difftune.data.formats import Dropped, read_example, resolve_format
     from difftune.data.sources import Source, read_rows
 
+    from difftune.data.texts import PROSE, load_texts
+
+    if path == PROSE or path.endswith(".txt"):
+        return list(load_texts(path, limit=limit))
     options = dict(options or {})
     if path.startswith("synthetic:"):
         options.setdefault("count", limit or 1000)
