@@ -1,4 +1,4 @@
-"""The command line: `difftune fit|evaluate|generate|export|convert|compare|report`. Imports no torch until a command runs.
+"""The command line: `difftune fit|evaluate|generate|export|convert|compare|report`. No torch until a command needs it.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
@@ -219,7 +219,7 @@ def _convert(found: Invocation) -> int:
 
 
 def _look_at_runs(found: Invocation) -> int:
-    """compare and report: they read run folders, and need neither a recipe nor torch."""
+    """Compare and report: they read run folders, and need neither a recipe nor torch."""
     if found.operand is None:
         raise UsageError(f"{found.command} needs RUN, the folder of a run; see difftune {found.command} --help")
     if found.overrides or "config" in found.values or "print-config" in found.flags:

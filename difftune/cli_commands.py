@@ -158,8 +158,8 @@ COMMANDS = {
     ),
     "compare": Command(
         summary="what runs came to, recipe by recipe, over their seeds",
-        about="Groups runs (the folders that fit or evaluate --out wrote) by recipe, whatever their seed, and shows each\n"
-        "metric's mean with half of its 95% interval over the seeds; of two recipes, the difference too.",
+        about="Groups runs (the folders that fit or evaluate --out wrote) by recipe, whatever their seed, and shows\n"
+        "each metric's mean with half of its 95% interval over the seeds; of two recipes, the difference too.",
         options=(
             Option("metric", "only these; * is any text; can be repeated", "NAME", is_text=True, repeatable=True),
         ),
@@ -171,8 +171,8 @@ COMMANDS = {
     ),
     "report": Command(
         summary="one page about runs, with every curve, table and sample",
-        about="Writes one self-contained HTML page about runs (the folders that fit or evaluate --out wrote): what they\n"
-        "came to, curves, lambda by layer, evaluations, samples, differences of their recipes, the paper beside.",
+        about="Writes one self-contained HTML page about runs (the folders that fit or evaluate --out wrote): what\n"
+        "they came to, curves, lambda by layer, evaluations, samples, differences of their recipes, the paper beside.",
         options=(Option("out", "the file to write (report.html)", "FILE", is_text=True),),
         examples="""
   difftune report runs/quickstart --out report.html
@@ -213,7 +213,7 @@ def command_help(name: str) -> str:
         lines.append(f"  {left:<22}{option.help}{key}")
     options = "\n".join(lines)
     if command.operand is not None:
-        return f"""usage: difftune {name} {command.operand}{' ...' if command.many else ''} [options]
+        return f"""usage: difftune {name} {command.operand}{" ..." if command.many else ""} [options]
 
 {command.about}
 

@@ -2,8 +2,8 @@
 
 `synthetic:needles` writes a context of filler in which some facts stand, each a key with a number of its own, and asks
 for the numbers of some of the keys. Rows have the columns `question` (context and query), `answer`, and where the first
-number asked for is to be found: `context`, `query`, `needle` (the fact), `value` (the number), `depth`, and `lead` (what
-of the answer stands before the number). Two styles:
+number asked for is to be found: `context`, `query`, `needle` (the fact), `value` (the number), `depth`, and `lead`
+(what of the answer stands before the number). Two styles:
 
 * ``prose``: sentences, such as "The special magic number of Lisbon is 4821.", for models that read English; the answer
   is the number, or numbers with commas between them
@@ -23,14 +23,17 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
-CITIES = (
-    "Amman Athens Bergen Berlin Bogota Boston Cairo Calgary Chicago Dakar Delhi Dublin Geneva Hanoi Havana Helsinki "
-    "Jakarta Kyoto Lagos Lima Lisbon London Lusaka Madrid Manila Milan Minsk Moscow Nairobi Naples Osaka Oslo Paris "
-    "Prague Quito Riga Rome Seoul Sofia Sydney Taipei Tehran Tokyo Toronto Tunis Vienna Warsaw Zagreb"
-).split()
-_SUBJECTS = "The river|An old road|The market|A quiet train|The morning wind|Every second house|The long winter".split("|")
-_VERBS = "turns towards|stands near|remembers|leads away from|lies behind|follows|is older than".split("|")
-_OBJECTS = "the hills|the harbour|the station|the bridge|the northern wall|the gardens|the mill".split("|")
+_CITIES = """
+Amman Athens Bergen Berlin Bogota Boston Cairo Calgary Chicago Dakar Delhi Dublin Geneva Hanoi Havana Helsinki Jakarta
+Kyoto Lagos Lima Lisbon London Lusaka Madrid Manila Milan Minsk Moscow Nairobi Naples Osaka Oslo Paris Prague Quito Riga
+Rome Seoul Sofia Sydney Taipei Tehran Tokyo Toronto Tunis Vienna Warsaw Zagreb
+"""
+CITIES = _CITIES.split()
+"""Keys of the prose style."""
+
+_SUBJECTS = ("The river", "An old road", "The market", "A quiet train", "The morning wind", "The long winter")
+_VERBS = ("turns towards", "stands near", "remembers", "leads away from", "lies behind", "is older than")
+_OBJECTS = ("the hills", "the harbour", "the station", "the bridge", "the northern wall", "the gardens", "the mill")
 
 DEFAULTS: dict[str, Any] = {
     "style": "prose",
@@ -135,7 +138,9 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
             f"synthetic:needles: there are not {settings['needles']} different numbers of {settings['digits']} digit(s)"
         )
     queries = settings["queries"]
-    pair = [queries, queries] if isinstance(queries, int) else list(queries) if isinstance(queries, list | tuple) else []
+    pair = (
+        [queries, queries] if isinstance(queries, int) else list(queries) if isinstance(queries, list | tuple) else []
+    )
     whole = len(pair) == 2 and all(isinstance(bound, int) and not isinstance(bound, bool) for bound in pair)
     if not whole or not 1 <= pair[0] <= pair[1] <= settings["needles"]:
         raise ValueError(

@@ -12,8 +12,9 @@ answer is what stands after ``####``, as in GSM8K. With `answer_only` the target
 Train and test never share a problem: the split is a function of the problem itself (a hash of its canonical
 form, in which ``3+5-2`` and ``5-2+3`` are the same), one tenth of all problems being test.
 
-`synthetic:needles` hides facts in noise and asks for them, see `difftune.data.needles`. `synthetic:reasoning_gym/<task>`
-wraps a task of the reasoning_gym library (question and answer, no solution). Both are split by a hash of the question.
+`synthetic:needles` hides facts in noise and asks for them, see `difftune.data.needles`.
+`synthetic:reasoning_gym/<task>` wraps a task of the reasoning_gym library (question and answer, no solution). Both are
+split by a hash of the question.
 """
 
 import hashlib

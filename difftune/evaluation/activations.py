@@ -9,10 +9,10 @@ Source:
     Ye et al., "Differential Transformer", arXiv:2410.05258, Table 5 (0.4M tokens; which tokens is not stated).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Iterator
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -25,14 +25,15 @@ from difftune.evaluation.task import Clock, ItemTask, without_nan
 from difftune.evaluation.tokens import token_rows
 from difftune.modeling.modeling import DecoderLayer
 
+_RANKS = ("top_1", "top_2", "top_3", "top_10", "top_100", "median")
 PAPER = {
     "softmax": {
-        "logits": {"top_1": 318.0, "top_2": 308.2, "top_3": 304.9, "top_10": 284.7, "top_100": 251.5, "median": 5.4},
-        "hidden": {"top_1": 3608.6, "top_2": 3607.4, "top_3": 3603.6, "top_10": 3552.1, "top_100": 2448.2, "median": 0.6},
+        "logits": dict(zip(_RANKS, (318.0, 308.2, 304.9, 284.7, 251.5, 5.4), strict=True)),
+        "hidden": dict(zip(_RANKS, (3608.6, 3607.4, 3603.6, 3552.1, 2448.2, 0.6), strict=True)),
     },
     "diff_v1": {
-        "logits": {"top_1": 38.8, "top_2": 38.8, "top_3": 37.3, "top_10": 32.0, "top_100": 27.4, "median": 3.3},
-        "hidden": {"top_1": 1688.2, "top_2": 1672.5, "top_3": 1672.1, "top_10": 1624.3, "top_100": 740.9, "median": 1.2},
+        "logits": dict(zip(_RANKS, (38.8, 38.8, 37.3, 32.0, 27.4, 3.3), strict=True)),
+        "hidden": dict(zip(_RANKS, (1688.2, 1672.5, 1672.1, 1624.3, 740.9, 1.2), strict=True)),
     },
 }
 """Table 5 of the paper, 3B models."""
@@ -183,9 +184,7 @@ def measure_activations(
                 model(torch.tensor([list(row)], device=device), use_cache=False, logits_to_keep=1)
     *logits_by_layer, all_logits = [statistics.figures() for statistics in logits]
     *hidden_by_layer, all_hidden = [statistics.figures() for statistics in hidden]
-    return ActivationsSample(
-        0, sum(map(len, rows)), all_logits, all_hidden, logits_by_layer, hidden_by_layer
-    )
+    return ActivationsSample(0, sum(map(len, rows)), all_logits, all_hidden, logits_by_layer, hidden_by_layer)
 
 
 @contextmanager

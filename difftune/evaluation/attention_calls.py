@@ -43,7 +43,7 @@ class AttentionCall:
 
     @property
     def maps(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Queries ``(B, T, N, D)`` and keys ``(B, S, M, D)`` of each softmax map: two of a differential head, or one."""
+        """Queries ``(B, T, N, D)`` and keys ``(B, S, M, D)`` of each softmax map: two of differential heads, or one."""
         if self.lam is None:
             return [(self.q, self.k)]
         pair = self.k.expand(-1, -1, -1, 2, -1)

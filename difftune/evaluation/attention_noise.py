@@ -1,8 +1,9 @@
 """How much attention goes to the answer and how much to the noise around it, when a fact is asked for.
 
 Each item is a context in which a fact stands, and a question about it. The query is the last token of the prompt, the
-one that has to produce the first token of the answer. Keys fall into three groups: the tokens of the answer (`answer`), those of the
-context but the sentence of the answer (`noise`), and the rest (sentence, question, chat markers). A head's shares are
+one that has to produce the first token of the answer. Keys fall into three groups: the tokens of the answer (`answer`),
+those of the context but the sentence of the answer (`noise`), and the rest (sentence, question, chat markers). A head's
+shares are
 
     share(group) = sum over the keys s of the group |A[s]|  /  sum over all s |A[s]|
 
@@ -115,7 +116,7 @@ class NoiseResult:
         return fmean(sample.answer for sample in chosen), fmean(sample.noise for sample in chosen)
 
     def metrics(self) -> dict[str, float]:
-        """`answer`, `noise`, `signal_to_noise`; `answer_depth_025`, ..., and `answer_layer_00`, ... with noise alike."""
+        """`answer`, `noise`, `signal_to_noise`; `answer_depth_025` and `answer_layer_00` and so on, noise alike."""
         answer, noise = self.shares()
         values = {"answer": answer, "noise": noise, "signal_to_noise": _ratio(answer, noise)}
         for depth in self.depths:

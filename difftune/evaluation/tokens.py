@@ -41,7 +41,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
     if isinstance(document, str):
         return tokenizer(document)["input_ids"]
     if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template, which chats need: put a chat_template.jinja in its folder")
+        raise ValueError(
+            "the tokenizer has no chat template, which chats need: put a chat_template.jinja in its folder"
+        )
     text = tokenizer.apply_chat_template(list(document), tokenize=False)
     # The template has written the special tokens already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]

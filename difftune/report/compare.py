@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ _T95 = (
 )  # fmt: skip
 _T95_BEYOND = ((120, 1.980), (60, 2.000), (40, 2.021))
 
-_DETAILS = re.compile(r"_layer_\d+|_depth_\d+|_low\b|_high\b|_low_\d+bit|_high_\d+bit|/n\b|/n_\d+bit|/seconds\b")
+_DETAILS = re.compile(
+    r"_layer_\d+|_depth_\d+|_low\b|_high\b|_low_\d+bit|_high_\d+bit|/n\b|/n_\d+bit|/seconds\b|_top_(2|3|10)\b"
+)
 _LAST_PART = 0.1
 
 FINAL_LOSS = "final training loss"
@@ -42,9 +45,9 @@ class Estimate:
     def __str__(self) -> str:
         """Mean and half width, to the same place."""
         if math.isnan(self.half):
-            return f"{self.mean:.4g}"
+            return f"{self.mean:,.0f}" if abs(self.mean) >= 1000 else f"{self.mean:.4g}"
         places = max(0, min(6, 1 - math.floor(math.log10(self.half)))) if self.half > 0 else 4
-        return f"{self.mean:.{places}f} ± {self.half:.{places}f}"
+        return f"{self.mean:,.{places}f} ± {self.half:,.{places}f}"
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             grouped.append([run])
         else:
             alike.append(run)
-    firsts = [group[0] for group in grouped]
-    keys = differing_keys(firsts)
-    labels = [_label(run, {key: values[place] for key, values in keys.items()}) for place, run in enumerate(firsts)]
-    return [Group(label, group[0].kind, group) for label, group in zip(labels, grouped, strict=True)]
+    kinds = Counter(group[0].kind for group in grouped)
+    return [Group(_label(group[0], kinds, grouped), group[0].kind, group) for group in grouped]
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -155,7 +156,9 @@ def comparison_table(comparison: Comparison) -> Table:
     table = Table(title="mean ± half of the 95% interval over seeds", title_justify="left")
     table.add_column("metric")
     for group in comparison.groups:
-        table.add_column(f"{group.label} ({len(group.runs)} {'run' if len(group.runs) == 1 else 'runs'})", justify="right")
+        table.add_column(
+            f"{group.label} ({len(group.runs)} {'run' if len(group.runs) == 1 else 'runs'})", justify="right"
+        )
     if comparison.differences:
         table.add_column("difference", justify="right")
     for name, estimates in comparison.rows.items():
@@ -195,10 +198,13 @@ def _is_chosen(name: str, patterns: Sequence[str]) -> bool:
     return name in (FINAL_LOSS, "perf/tokens_per_s")
 
 
-def _label(run: Run, keys: dict[str, object]) -> str:
-    """The values that tell a recipe from the others: the kind of attention by its value alone."""
-    kind = keys.pop("model.attention", None)
-    parts = [str(kind)] if kind is not None else []
-    shown = list(keys.items())[: 2 if kind is None else 1]
-    parts += [f"{key.rpartition('.')[2]}={value}" for key, value in shown] + (["..."] if len(keys) > len(shown) else [])
-    return ", ".join(parts) or run.kind or run.name
+def _label(run: Run, kinds: Counter[str], grouped: list[list[Run]]) -> str:
+    """The kind of attention where that tells the recipe from the others, else with the first keys that differ."""
+    if run.kind and kinds[run.kind] == 1:
+        return run.kind
+    rivals = [group[0] for group in grouped if group[0].kind == run.kind]
+    keys = differing_keys(rivals) if all(rival.config for rival in rivals) else {}
+    place = rivals.index(run)
+    shown = [f"{key.rpartition('.')[2]}={values[place]}" for key, values in list(keys.items())[:2]]
+    shown += ["..."] if len(keys) > 2 else []
+    return ", ".join(([run.kind] if run.kind else []) + (shown or [run.name]))

@@ -32,7 +32,6 @@ def read_documents(
     """
     from difftune.data.formats import Dropped, read_example, resolve_format
     from difftune.data.sources import Source, read_rows
-
     from difftune.data.texts import PROSE, load_texts
 
     if path == PROSE or path.endswith(".txt"):

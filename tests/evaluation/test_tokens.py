@@ -22,5 +22,5 @@ def test_no_text_and_no_template_are_refused():
         token_rows(TOKENIZER, [""], length=3, num_tokens=8)
     bare = build_tokenizer("digits")
     bare.chat_template = None
-    with pytest.raises(ValueError, match="chat_template.jinja"):
+    with pytest.raises(ValueError, match="chat_template"):
         token_rows(bare, [[{"role": "user", "content": "1"}]], length=3, num_tokens=8)

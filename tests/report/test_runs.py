@@ -74,7 +74,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no metrics.jsonl.*run_dir"):
         load_run(tmp_path)
     write_metrics(tmp_path, {"x": [(0, 0.5)]})
-    with pytest.raises(ValueError, match="neither config.yaml nor settings.json"):
+    with pytest.raises(ValueError, match=r"neither config\.yaml nor settings.json"):
         load_run(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {}}))
     assert load_run(tmp_path).samples() == []

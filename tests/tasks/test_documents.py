@@ -9,4 +9,6 @@ def test_texts_and_chats_are_read_as_in_training(tmp_path):
     (chat,) = read_documents(str(file))
     assert [turn["content"] for turn in chat] == ["1+1", "2"]
     assert len(read_documents("synthetic:arithmetic", limit=4)) == 4
-    assert read_documents("synthetic:arithmetic", limit=4) != read_documents("synthetic:arithmetic", split="train", limit=4)
+    assert read_documents("synthetic:arithmetic", limit=4) != read_documents(
+        "synthetic:arithmetic", split="train", limit=4
+    )
