@@ -153,7 +153,9 @@ class HarnessTask(ItemTask[HarnessSample]):
         """The figures of all parts together."""
         return HarnessResult(sorted(samples, key=lambda sample: sample.index), self.num_items)
 
-    def _evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, index: int, clock: Clock) -> HarnessSample:
+    def _evaluate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, index: int, clock: Clock
+    ) -> HarnessSample:
         import lm_eval
 
         task = self.tasks[index]
@@ -165,7 +167,7 @@ class HarnessTask(ItemTask[HarnessSample]):
             log_samples=False,
             apply_chat_template=self.apply_chat_template,
             task_manager=self._manager,
-            # The random state belongs to whoever trains the model; examples in front are drawn with a seed of their own.
+            # The random state belongs to whoever trains the model; examples in front have a seed of their own.
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,

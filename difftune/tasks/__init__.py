@@ -19,6 +19,7 @@ from these. `--task KIND:TEXT` sets the field that `TaskConfig.operand` names.
 from difftune.tasks.activations import ActivationsTaskConfig
 from difftune.tasks.attention_noise import AttentionNoiseTaskConfig
 from difftune.tasks.base import TaskConfig
+from difftune.tasks.hallucination import HallucinationTaskConfig
 from difftune.tasks.lm_eval import HarnessTaskConfig
 from difftune.tasks.many_shot import ManyShotTaskConfig
 from difftune.tasks.math import MathTaskConfig
@@ -34,6 +35,7 @@ KINDS: dict[str, type[TaskConfig]] = {
     "activations": ActivationsTaskConfig,
     "attention_noise": AttentionNoiseTaskConfig,
     "quantization": QuantizationTaskConfig,
+    "hallucination": HallucinationTaskConfig,
     "lm_eval": HarnessTaskConfig,
 }
 """The dataclass of each kind."""
