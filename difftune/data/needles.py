@@ -7,9 +7,10 @@ number asked for is to be found: `context`, `query`, `needle` (the fact), `value
 
 * ``prose``: sentences, such as "The special magic number of Lisbon is 4821.", for models that read English; the answer
   is the number, or numbers with commas between them
-* ``terse``: characters, such as "Qk57", for models of minutes, where each character is a token. The query is one key,
-  the answer its fact and then, where R is more than 1, other facts: much to learn from one context, by the simplest of
-  circuits, which looks for what stands before and copies what comes next. Ask for one to examine.
+* ``terse``: characters, such as "Q5 k7 R3", for models of minutes, where each character is a token: a capital and its
+  number is a fact, a small letter and a number is filler. The query is one key, the answer its fact and then, where R
+  is more than 1, other facts: much to learn from one context, by the simplest of circuits, which looks for what stands
+  before and copies what comes next. Ask for one to examine.
 
 The protocol is that of Gemini 1.5 and LWM, which the paper follows: of N facts, R are asked for; the first of these
 stands at a chosen depth, the others at random places.
@@ -43,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "digits": 4,
     "depth": None,
 }
-"""`needles` N; `queries` R, or [fewest, most]; `filler` sentences (prose) or syllables (terse); `digits` of a number;
+"""`needles` N; `queries` R, or [fewest, most]; `filler` sentences (prose) or pairs (terse); `digits` of a number;
 `depth` of the first answer as a share of the context, or null: anywhere."""
 
 
@@ -72,12 +73,12 @@ def _row(
     depth: float | None,
 ) -> dict[str, Any]:
     prose = style == "prose"
-    keys = rng.sample(CITIES, needles) if prose else _terse_keys(rng, needles)
+    keys = rng.sample(CITIES if prose else string.ascii_uppercase, needles)
     # Numbers differ, so that a right one cannot be a wrong needle's.
     values = [str(value) for value in rng.sample(range(10 ** (digits - 1), 10**digits), needles)]
     facts = [_fact(prose, key, value) for key, value in zip(keys, values, strict=True)]
     asked = min(rng.randint(*queries), needles)
-    pieces = [_filler(rng, prose) for _ in range(filler)]
+    pieces = [_filler(rng, prose, digits) for _ in range(filler)]
     depth = rng.random() if depth is None else depth
     places = [round(depth * filler)] + [rng.randint(0, filler) for _ in facts[1:]]
     # At its place the first fact stands outermost: depth 0 is the very beginning, depth 1 the very end.
@@ -109,15 +110,10 @@ def _fact(prose: bool, key: str, value: str) -> str:
     return f"The special magic number of {key} is {value}." if prose else f"{key}{value}"
 
 
-def _filler(rng: random.Random, prose: bool) -> str:
+def _filler(rng: random.Random, prose: bool, digits: int) -> str:
     if prose:
         return f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)} {rng.choice(_OBJECTS)}."
-    return "".join(rng.choice(string.ascii_lowercase) for _ in range(3))
-
-
-def _terse_keys(rng: random.Random, count: int) -> list[str]:
-    """Keys that differ in their first letter, so that one step of attention finds them."""
-    return [first + rng.choice(string.ascii_lowercase) for first in rng.sample(string.ascii_uppercase, count)]
+    return f"{rng.choice(string.ascii_lowercase)}{rng.randrange(10 ** (digits - 1), 10**digits)}"
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def harness_model(
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Interruptible(HFLM):  # type: ignore[misc]
+    class Interruptible(HFLM):
         def _model_call(self, *args: Any, **kwargs: Any) -> Any:
             _check(clock)
             return super()._model_call(*args, **kwargs)
