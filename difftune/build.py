@@ -16,6 +16,7 @@ from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
 from difftune.evaluation.callback import ScheduledEvaluation
+from difftune.evaluation.early_stop import Patience
 from difftune.evaluation.math import MathTask
 from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
@@ -152,11 +153,24 @@ def build_trainer(
         best_metric=stage.checkpoint.best_metric,
         best_mode=stage.checkpoint.best_mode,  # type: ignore[arg-type]  # the config allows max and min
     )
+    settings = stage.evaluation
+    patience: Patience | None = None
+    if settings.patience is not None:
+        metric, mode = stage.checkpoint.best_metric, stage.checkpoint.best_mode
+        assert metric is not None, "checked with the config"
+        patience = Patience(metric, mode, settings.patience)  # type: ignore[arg-type]  # max or min
+
+    def on_evaluation(trainer: Trainer, metrics: dict[str, float]) -> None:
+        # Patience first: the checkpoint that is saved then holds its count.
+        if patience is not None:
+            patience.on_evaluation(trainer, metrics)
+        checkpointing.on_evaluation(trainer, metrics)
+
     # Throughput comes first: its clock stops while those after it evaluate and save.
     callbacks: list[Callback] = [Throughput(ModelFlops.of_model(model)), LambdaMonitor()]
     if config.logging.progress_bar:
         callbacks.append(RichProgress(stage.name, console=console))
-    settings = stage.evaluation
+    callbacks += [patience] if patience is not None else []
     if settings.tasks:
         tasks = build_tasks(settings)
         for task in tasks:
@@ -176,7 +190,7 @@ def build_trainer(
                 total_steps=total_steps(stage, data),
                 time_limit_s=settings.time_limit_s,
                 should_stop=preemption.is_preempted,
-                on_result=checkpointing.on_evaluation,
+                on_result=on_evaluation,
             )
         )
     options = stage.trainer

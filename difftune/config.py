@@ -230,6 +230,8 @@ class EvaluationConfig:
     """Draws the subset and the samples; apart from the seed of the training."""
     time_limit_s: float | None = _key(None, above=0)
     """Seconds after which an evaluation stops and reports what it has. null: no limit."""
+    patience: int | None = _key(None, low=1)
+    """Evaluations in a row without a better `checkpoint.best_metric` after which the stage ends. null: it goes on."""
 
 
 @dataclass

@@ -125,6 +125,8 @@ def _metric_problems(stage: StageConfig) -> list[str]:
     for period in ("every_n_steps", "every_n_tokens", "every_fraction"):
         if getattr(evaluation, period) is not None and not evaluation.tasks:
             problems.append(f"evaluation.{period}: there are no evaluation.tasks; name some, or set it to null")
+    if evaluation.patience is not None and best is None:
+        problems.append("evaluation.patience: waits for a better checkpoint.best_metric; set that, or patience=null")
     measured = [[f"eval/{task.task_name()}/{figure}" for figure in task.figures()] for task in evaluation.tasks]
     means = [MEAN] if sum(isinstance(task, MathTaskConfig) for task in evaluation.tasks) > 1 else []
     if best is not None and best not in {*means, *(metric for metrics in measured for metric in metrics)}:

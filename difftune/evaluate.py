@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.evaluation.means import mean_accuracy
 from difftune.evaluation.task import Result, Task
+from difftune.report.figures import FIGURES, can_draw, save_figure
 from difftune.result_folder import ResultFolder
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,12 @@ def evaluate_tasks(
                 if counter.samples:
                     result = found[task.name] = task.summarise(counter.samples)
                     seconds = round(before + time.monotonic() - started, 2)
-                    results[task.name] = {**result.to_dict(), "complete": result.complete, "seconds": seconds}
+                    results[task.name] = {
+                        "kind": task.kind,
+                        **result.to_dict(),
+                        "complete": result.complete,
+                        "seconds": seconds,
+                    }
                     if folder is not None:
                         _write(folder, label, task, result, results[task.name])
             if should_stop():
@@ -131,6 +137,11 @@ def _write(folder: ResultFolder, label: str, task: Task[Any], result: Result, fi
         folder.finish(task.name, result.samples)
     metrics = {f"eval/{task.name}/{name}": value for name, value in result.metrics().items()}
     folder.write(label, {task.name: figures}, metrics, 0)
+    if task.kind in FIGURES and result.complete:
+        if can_draw():
+            save_figure(task.kind, {label: figures}, folder.path / "figures" / f"{task.name}.png")
+        else:
+            log.info("no picture of %s without matplotlib: pip install 'difftune[report]'", task.name)
 
 
 def _print(
@@ -144,19 +155,20 @@ def _print(
     for kind in dict.fromkeys(task.kind for task in tasks if task.name in found):
         of_kind = [task for task in tasks if task.kind == kind and task.name in found]
         what = "accuracy" if kind == "math" else kind
-        table = Table(title=f"{what} of {label}", title_justify="left")
+        table = Table(title=f"{what} of {label}")
         for column in ("task", *found[of_kind[0].name].row(), "seconds"):
             table.add_column(column, justify="left" if column == "task" else "right")
         for task in of_kind:
             seconds = f"{results[task.name]['seconds']:.1f}"
             table.add_row(task.name, *found[task.name].row().values(), seconds)
-        console.print(table)
+        _show(console, table)
     for task in tasks:
         if task.name not in found:
             log.warning("%s: not begun", task.name)
             continue
         for table in found[task.name].tables():
-            console.print(table)
+            table.title = f"{task.name}: {table.title}"
+            _show(console, table)
         if not found[task.name].complete:
             done = len({sample.index for sample in found[task.name].samples})
             log.warning(
@@ -165,6 +177,13 @@ def _print(
                 task.num_items - done,
                 task.num_items,
             )
+
+
+def _show(console: Console, table: Table) -> None:
+    """Print a table below its title, which would be broken to the width of a narrow table."""
+    title, table.title = table.title, None
+    console.print(title, style="italic", highlight=False, soft_wrap=True)
+    console.print(table)
 
 
 def _count(tasks: Sequence[Task[Any]]) -> int:

@@ -47,6 +47,11 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
         (["evaluation.num_samples=4"], "evaluation.num_samples: 4 greedy answers are all the same; set temperature"),
         (["evaluation.every_n_steps=5"], "evaluation.every_n_steps: there are no evaluation.tasks"),
         (["evaluation.every_fraction=0.5"], "evaluation.every_fraction: there are no evaluation.tasks"),
+        (["evaluation.patience=3"], "evaluation.patience: waits for a better checkpoint.best_metric; set that"),
+        (
+            ["checkpoint.best_metric=eval/mean/accuracy", "evaluation.tasks=[{path: a}]"],
+            "checkpoint.best_metric: 'eval/mean/accuracy' is not measured; one of eval/a/accuracy",
+        ),
         (["checkpoint.best_metric=eval/a/accuracy"], "checkpoint.best_metric: 'eval/a/accuracy' is not measured"),
         (["checkpoint.best_metric=train/loss"], "checkpoint.best_metric: 'train/loss' is not measured"),
         (
@@ -76,6 +81,12 @@ def test_problems_are_collected_and_name_their_stage() -> None:
         ["checkpoint.best_metric=eval/a/accuracy", "evaluation.tasks=[{path: x/a.jsonl}]"],
         ["checkpoint.best_metric=eval/a/mean_length", "checkpoint.best_mode=min", "evaluation.tasks=[{path: a}]"],
         ["evaluation.num_samples=4", "evaluation.temperature=0.6"],
+        [
+            "checkpoint.best_metric=eval/mean/accuracy",
+            "evaluation.tasks=[{path: a}, {path: b}]",
+            "evaluation.patience=2",
+        ],
+        ["checkpoint.best_metric=eval/needle/accuracy_128", "evaluation.tasks=[{kind: needle, lengths: [128, 256]}]"],
         ["export={format: difftune}", "model.attention=diff_v2"],
     ],
 )

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "dry_run": {"environment", "data", "evaluation", "modeling", "training"},
     "run_folder": {"environment", "training"},
     "result_folder": {"evaluation"},
-    "evaluate": {"evaluation", "result_folder"},
+    "evaluate": {"evaluation", "report", "result_folder"},
     "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
     "run": {
         *CONFIG,

@@ -113,7 +113,7 @@ class ManyShotResult:
             "accuracy": share(figures["accuracy"]),
             "95% interval": f"{figures['accuracy_low']:.3f} to {figures['accuracy_high']:.3f}",
             "chance": share(self.chance),
-            "demonstrations": str(self.by_shots[-1].shots) if self.by_shots else "-",
+            "shots": str(self.by_shots[-1].shots) if self.by_shots else "-",
             "n": f"{figures['n']:.0f}",
         }
 
@@ -121,7 +121,7 @@ class ManyShotResult:
         """By number of demonstrations, where there is more to show than the row does."""
         if len(self.by_shots) < 2 and self.orders < 2:
             return []
-        table = Table(title="accuracy by number of demonstrations", title_justify="left")
+        table = Table(title="accuracy by number of demonstrations")
         for column in ("demonstrations", "mean", "best order", "worst order", "margin", "orders"):
             table.add_column(column, justify="right")
         for shot in self.by_shots:
@@ -138,7 +138,7 @@ class ManyShotResult:
     def __str__(self) -> str:
         """One line for the terminal."""
         row = self.row()
-        return f"accuracy {row['accuracy']} ({row['95% interval']}) with {row['demonstrations']} demonstrations"
+        return f"accuracy {row['accuracy']} ({row['95% interval']}) with {row['shots']} demonstrations"
 
 
 @dataclass

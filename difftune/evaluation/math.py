@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.grading import VERDICTS, Grader
 from difftune.evaluation.intervals import wilson_interval
+from difftune.evaluation.prompts import PROMPTS, build_prompt, stop_strings
 from difftune.evaluation.task import Clock, ItemTask, share, without_nan
 
 _BATCHES_A_BLOCK = 8
@@ -159,12 +160,18 @@ class MathTask(ItemTask[Sample]):
     """Answers a problem (avg@k)."""
     seed: int = 0
     """Of the samples."""
+    prompt: str = "chat"
+    """How the problems are put; one of `difftune.evaluation.prompts.PROMPTS`."""
+    demonstrations: Sequence[tuple[str, str]] = ()
+    """Questions and answers before every problem (n-shot)."""
     grader: Grader = field(default_factory=Grader)
     """Kept from one run to the next, as its process takes half a second to start."""
 
     def __post_init__(self) -> None:
         if not self.problems:
             raise ValueError(f"evaluation task {self.name!r} has no problem")
+        if self.prompt not in PROMPTS:
+            raise ValueError(f"prompt of task {self.name!r} must be one of {', '.join(PROMPTS)}, got {self.prompt!r}")
         if self.num_samples < 1:
             raise ValueError(f"num_samples of task {self.name!r} must be at least 1, got {self.num_samples}")
         if self.num_samples > 1 and self.temperature == 0:
@@ -200,7 +207,7 @@ class MathTask(ItemTask[Sample]):
             ValueError: If the tokenizer has no chat template or cannot encode a prompt.
         """
         repeated = [index for index in sorted(indices) for _ in range(self.num_samples)]
-        prompts = {index: _prompt(tokenizer, self.problems[index]) for index in indices}
+        prompts = {index: self._prompt(tokenizer, self.problems[index]) for index in indices}
         generations = generate_texts(
             model,
             tokenizer,
@@ -211,6 +218,7 @@ class MathTask(ItemTask[Sample]):
             top_p=self.top_p,
             # Blocks, and so ranks, must not draw the same numbers.
             seed=random.Random(f"{self.seed} {min(indices)}").getrandbits(31),
+            stop=stop_strings(self.prompt) or None,
             should_stop=clock.is_over,
         )
         cut = {index for index, text in zip(repeated, generations, strict=True) if text.interrupted}
@@ -230,6 +238,10 @@ class MathTask(ItemTask[Sample]):
             )
             for (index, text), grade in zip(done, grades, strict=True)
         ]
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+        what = f"problem {problem.id}"
+        return build_prompt(self.prompt, tokenizer, problem.prompt_messages, self.demonstrations, what)
 
     def summarise(self, samples: Iterable[Sample]) -> MathResult:
         """Figures of the samples, of all parts together."""
@@ -305,20 +317,3 @@ def summarise(samples: Iterable[Sample], num_problems: int) -> MathResult:
 
 def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else float("nan")
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """Token ids of the chat up to the point where the model answers, as in training."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, which problems need: put a chat_template.jinja into its folder"
-        )
-    text = tokenizer.apply_chat_template(list(problem.prompt_messages), tokenize=False, add_generation_prompt=True)
-    try:
-        # The template has written the special tokens already.
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # the tokenizers library raises Exception itself
-        raise ValueError(
-            f"problem {problem.id}: the tokenizer cannot encode its prompt ({error}): leave it out, or use a tokenizer "
-            "that knows every character, such as bytes"
-        ) from error

@@ -97,7 +97,7 @@ class NeedleResult:
 
     def tables(self) -> list[Table]:
         """The heat map as numbers."""
-        table = Table(title="accuracy by depth of the answer and length in tokens", title_justify="left")
+        table = Table(title="accuracy by depth of the answer and length in tokens")
         table.add_column("depth", justify="right")
         for length in self.lengths:
             table.add_column(f"{length:,}", justify="right")

@@ -81,7 +81,7 @@ class NllResult:
 
     def tables(self) -> list[Table]:
         """The curve, at no more than a dozen positions; the results hold all."""
-        table = Table(title="NLL by position, nats a token", title_justify="left")
+        table = Table(title="NLL by position, nats a token")
         for column in ("position", "up to there", "in the bin"):
             table.add_column(column, justify="right")
         step = -(-len(self.positions) // _ROWS)

@@ -25,7 +25,8 @@ def accuracies(run_dir: str | Path) -> list[dict[str, Any]]:
     """The first evaluation of the first stage and the last one of each stage, by task.
 
     Returns:
-        Dicts with ``when``, ``task``, ``step`` and the logged ``accuracy``, ``accuracy_low``, ``accuracy_high``, ``n``.
+        Dicts with ``when``, ``task``, ``step`` and what was logged of the task, such as ``accuracy``,
+        ``accuracy_low``, ``accuracy_high``, ``n``.
     """
     evaluations: dict[tuple[str, str, int], dict[str, Any]] = {}
     for line in read_metrics(run_dir):
@@ -73,6 +74,14 @@ def accuracy_table(run_dir: str | Path) -> Table | None:
     for column in ("", "task", "step", "accuracy", "95% interval", "n"):
         table.add_column(column, justify="left" if column in ("", "task") else "right")
     for row in rows:
-        interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
-        table.add_row(row["when"], row["task"], str(row["step"]), f"{row['accuracy']:.3f}", interval, f"{row['n']:.0f}")
+        table.add_row(row["when"], row["task"], str(row["step"]), *_figures(row))
     return table
+
+
+def _figures(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Accuracy (or NLL), interval and count as text, as far as the task has them."""
+    accuracy, nll, n = row.get("accuracy"), row.get("nll"), row.get("n")
+    figure = f"{accuracy:.3f}" if accuracy is not None else f"{nll:.4f} nats" if nll is not None else ""
+    low, high = row.get("accuracy_low"), row.get("accuracy_high")
+    interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
+    return figure, interval, "" if n is None else f"{n:.0f}"

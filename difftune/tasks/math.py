@@ -18,7 +18,11 @@ class MathTaskConfig(TaskConfig):
     kind: str = "math"
     """Problems with a final answer, generated and graded."""
     path: str
-    """A file of problems with their answers, a hub id, or `synthetic:arithmetic`; as of a training source."""
+    """A file of problems with their answers, a hub id, or `synthetic:arithmetic`; as of a training source. Also one of
+    the paper's eight sets by name: gsm8k, math, svamp, asdiv, mawps, carp, tabmwp, college_math."""
+    folder: str | None = None
+    """Where the paper's sets are: a file NAME.jsonl for each, with columns question and answer. null: the hub, which
+    has gsm8k in a form that is read as it is."""
     name: str | None = None
     """Name in metrics and samples. null: the path's last part without its ending."""
     format: str = "auto"
@@ -32,7 +36,15 @@ class MathTaskConfig(TaskConfig):
     limit: int | None = key(None, low=1)
     """Size of a random subset, drawn with `evaluation.seed`. null: all problems."""
     max_new_tokens: int | None = key(None, low=1)
-    """Longest answer in tokens. null: `evaluation.max_new_tokens`."""
+    """Longest answer in tokens. null: `evaluation.max_new_tokens`. The paper has 1,024 after its first stage and 16,384
+    after the second."""
+    prompt: str = key("chat", choices=("chat", "boxed", "cot", "plain"))
+    r"""`chat`: the chat template, as in training; `boxed`, `cot`: also asks for the answer in a box (in the words of
+    OpenThoughts, of Qwen2.5-Math); `plain`: Question and Answer without a chat template."""
+    num_shots: int = key(0, low=0)
+    """Worked answers before every problem: the first ones of `shots_path`."""
+    shots_path: str | None = None
+    """Where they are; as of a training source."""
 
     operand: ClassVar[str | None] = "path"
 
@@ -44,26 +56,41 @@ class MathTaskConfig(TaskConfig):
         """Accuracy and how the answers look."""
         return ["accuracy", "truncated", "unparsed", "mean_length"]
 
+    def problems(self, defaults: Defaults) -> list[str]:
+        """Where demonstrations come from."""
+        if (self.num_shots > 0) == (self.shots_path is not None):
+            return []
+        return ["num_shots: goes with shots_path, a source of worked answers; set both, or neither"]
+
     def build(self, defaults: Defaults) -> "MathTask":
         """The task with its problems."""
+        from difftune.data.math_sets import load_demonstrations, locate_math_set
         from difftune.data.problems import load_problems
         from difftune.evaluation.math import MathTask
 
+        path, hub_name = locate_math_set(self.path, self.folder)
+        problems = load_problems(
+            path,
+            self.limit,
+            defaults.seed,
+            format=self.format,
+            split=self.split,
+            name=self.hub_name or hub_name,
+            options=self.options,
+        )
+        shots = load_demonstrations(self.shots_path, self.num_shots) if self.shots_path else []
+        asked = {problem.question for problem in problems}
+        if seen := [question for question, _ in shots if question in asked]:
+            raise ValueError(f"{self.shots_path} shows the answer of a problem of {path}: {seen[0][:60]!r}")
         return MathTask(
             name=self.task_name(),
-            problems=load_problems(
-                self.path,
-                self.limit,
-                defaults.seed,
-                format=self.format,
-                split=self.split,
-                name=self.hub_name,
-                options=self.options,
-            ),
+            problems=problems,
             max_new_tokens=self.max_new_tokens or defaults.max_new_tokens,
             batch_size=defaults.batch_size,
             temperature=defaults.temperature,
             top_p=defaults.top_p,
             num_samples=defaults.num_samples,
             seed=defaults.seed,
+            prompt=self.prompt,
+            demonstrations=shots,
         )

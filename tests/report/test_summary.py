@@ -29,6 +29,16 @@ def test_the_table_shows_accuracy_and_interval(tmp_path):
     assert "after a" in shown and "0.250" in shown and "0.150 to 0.350" in shown and "50" in shown
 
 
+def test_tasks_without_an_accuracy_and_means_without_an_interval_have_their_place(tmp_path):
+    values = {"eval/books/nll": 2.5, "eval/books/n": 8, "eval/mean/accuracy": 0.125}
+    lines = [{"stage": "a", "step": 5, "name": name, "value": value} for name, value in values.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    console = Console(width=100, record=True)
+    console.print(accuracy_table(tmp_path))
+    shown = console.export_text()
+    assert "2.5000 nats" in shown and "0.125" in shown and "None" not in shown
+
+
 def test_a_run_without_evaluations_has_no_table(tmp_path):
     write(tmp_path)
     assert accuracy_table(tmp_path) is None and accuracy_table(tmp_path / "absent") is None
