@@ -133,8 +133,9 @@ class NoiseResult:
         return f"attention to the answer {answer:.3f}, to the noise {noise:.3f}, on {len(self.samples)} prompts"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the samples, ready for JSON."""
-        return without_nan({**self.metrics(), "n": len(self.samples)})
+        """Everything but the samples, and the maps of the first picture, ready for JSON."""
+        maps = next((sample.maps for sample in self.samples if sample.maps), None)
+        return {**without_nan(self.metrics()), "n": len(self.samples), "maps": maps}
 
     def row(self) -> dict[str, str]:
         """The figures as text, by column."""
