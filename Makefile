@@ -60,6 +60,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.packed_attention
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.train
 
 docs: $(READY)

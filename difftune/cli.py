@@ -249,15 +249,31 @@ def _option_overrides(found: Invocation) -> list[str]:
     if "model" in found.values:
         # A model brings its tokenizer; the recipe's is for a fresh one.
         overrides.append("tokenizer=null")
-    if tasks := _tasks(found):
+    tasks = _tasks(found)
+    if tasks:
         overrides.append(f"evaluation.tasks={json.dumps(tasks)}")
     if found.command == "export" and "format" not in found.values:
         overrides.append("export={}")
     for option in COMMANDS[found.command].options:
         if option.key is not None and option.name in found.values:
             value = found.values[option.name][0]
-            overrides.append(f"{option.key}={json.dumps(value) if option.is_text else value}")
+            text = json.dumps(value) if option.is_text else value
+            overrides += [f"{key}={text}" for key in _places(option.key, tasks)]
     return overrides
+
+
+def _places(key: str, tasks: list[dict[str, Any]]) -> list[str]:
+    """The keys that an option sets: one of every task goes to those of --task and --data whose kind has it."""
+    from difftune.tasks import KINDS
+
+    each = "evaluation.tasks.*."
+    if not tasks or not key.startswith(each):
+        return [key]
+    name = key.removeprefix(each)
+    having = [index for index, task in enumerate(tasks) if name in KINDS[task.get("kind", "math")].__dataclass_fields__]
+    if not having:
+        raise UsageError(f"--{name.replace('_', '-')}: no kind of these tasks has the key {name}")
+    return [f"evaluation.tasks.{index}.{name}" for index in having]
 
 
 def _tasks(found: Invocation) -> list[dict[str, Any]]:

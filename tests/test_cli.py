@@ -105,11 +105,21 @@ def test_tasks_are_named_by_kind_and_their_keys_are_set_by_it(calls: dict[str, A
     assert found == [("z", 9, "test"), ("a", 4, "x"), ("b", 4, "x")]
 
 
+def test_an_option_of_some_kinds_is_set_where_there_is_such_a_key(
+    calls: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--model", "m", "--task", "needle", "--task", "math:a.jsonl", "--limit", "9"]) == 0
+    assert calls["config"].evaluation.tasks[1].limit == 9
+    message = refuse(capsys, "evaluate", "--model", "m", "--task", "needle", "--limit", "9")
+    assert message == "--limit: no kind of these tasks has the key limit"
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
         ("mth", "--task mth: unknown kind 'mth'; did you mean math?; one of math"),
         ("math:", "--task math:: write --task math:PATH"),
+        ("needle:", "--task needle:: write --task needle:HAYSTACK"),
     ],
 )
 def test_a_task_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], task: str, message: str) -> None:

@@ -25,14 +25,15 @@ class Labelled(Protocol):
 def select(examples: Sequence[Labelled], count: int, seed: int) -> list[Labelled]:
     """So many demonstrations, drawn at random with as many of each class as can be.
 
-    Of two counts the larger has all demonstrations of the smaller.
+    With fewer than there are classes, which classes are shown is drawn as well. Of two counts the larger has all
+    demonstrations of the smaller.
 
     Raises:
         ValueError: If there are fewer.
     """
     if not 1 <= count <= len(examples):
         raise ValueError(f"{count} demonstrations cannot be drawn: there are {len(examples)}")
-    return _round_robin(examples, random.Random(f"select {seed}"), shuffle_classes=False)[:count]
+    return _round_robin(examples, random.Random(f"select {seed}"))[:count]
 
 
 def arrange(demonstrations: Sequence[Labelled], order: str, seed: int) -> list[Labelled]:
@@ -45,17 +46,17 @@ def arrange(demonstrations: Sequence[Labelled], order: str, seed: int) -> list[L
     """
     draw = random.Random(f"order {seed}")
     if order == "alternating":
-        return _round_robin(demonstrations, draw, shuffle_classes=True)
+        return _round_robin(demonstrations, draw)
     return draw.sample(list(demonstrations), len(demonstrations))
 
 
-def _round_robin(examples: Sequence[Labelled], draw: random.Random, *, shuffle_classes: bool) -> list[Labelled]:
+def _round_robin(examples: Sequence[Labelled], draw: random.Random) -> list[Labelled]:
+    """One of each class in turn; the classes and what is in them in an order that is drawn."""
     by_class: dict[str, list[Labelled]] = {}
     for example in examples:
         by_class.setdefault(example.label, []).append(example)
     classes = sorted(by_class)
-    if shuffle_classes:
-        draw.shuffle(classes)
+    draw.shuffle(classes)
     for name in classes:
         draw.shuffle(by_class[name])
     longest = max(map(len, by_class.values()))

@@ -73,8 +73,8 @@ class NllResult:
         figures = self.metrics()
         return {
             "nats a token": f"{figures['nll']:.4f}",
-            "in the first bin": f"{figures['nll_first']:.4f}",
-            "in the last bin": f"{figures['nll_last']:.4f}",
+            "first bin": f"{figures['nll_first']:.4f}",
+            "last bin": f"{figures['nll_last']:.4f}",
             "tokens": f"{self.positions[-1]:,}",
             "documents": str(self.n) + (f" ({self.too_short} too short)" if self.too_short else ""),
         }

@@ -1,0 +1,110 @@
+"""Speed of generating texts for an evaluation: batches with the cache against one prompt after the other.
+
+python -m benchmarks.generation [--prompts 32] [--batch-size 16] [--new-tokens 64] [--hidden-size 256] [--threads 2]
+
+The prompts are of unequal length, as problems are, and all texts have the same number of tokens. Greedy texts of both
+ways must be the same before any speed is printed. `one by one` has the cache too; `no cache` reads the whole text again
+for every token, which is what a plain loop over forward passes does.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.common import interleaved, machine, ratios, spread, table
+from difftune.data.tokenizers import build_tokenizer
+from difftune.evaluation.generation import generate_texts
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+
+KINDS = ("diff_v1", "diff_v2", "softmax")
+
+
+def build(kind: str, hidden_size: int, layers: int) -> DiffTransformerForCausalLM:
+    """A random model whose texts do not end by themselves: its end-of-text token is never the most likely."""
+    torch.manual_seed(0)
+    config = DiffTransformerConfig(
+        vocab_size=262,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        attention=kind,
+        initializer_range=0.2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = DiffTransformerForCausalLM(config).eval()
+    with torch.no_grad():
+        # The same logit, 0, whatever the text; the largest of the others is above it.
+        model.lm_head.weight[build_tokenizer("bytes").eos_token_id] = 0
+    return model
+
+
+def without_cache(model: DiffTransformerForCausalLM, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy texts, every token from a forward pass over the whole text."""
+    texts = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            for _ in range(new_tokens):
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+                ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+            texts.append(ids[0, len(prompt) :].tolist())
+    return texts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    tokenizer = build_tokenizer("bytes")
+    draw = random.Random(0)
+    prompts = [[draw.randrange(6, 262) for _ in range(draw.randint(32, 128))] for _ in range(args.prompts)]
+    tokens = args.prompts * args.new_tokens
+    rows = []
+    for kind in KINDS:
+        model = build(kind, args.hidden_size, args.layers)
+
+        def write(batch_size: int, model: DiffTransformerForCausalLM = model) -> list[str]:
+            found = generate_texts(model, tokenizer, prompts, max_new_tokens=args.new_tokens, batch_size=batch_size)
+            if any(text.num_tokens != args.new_tokens for text in found):
+                raise SystemExit("a text ended early: the speeds would be those of unequal work")
+            return [text.text for text in found]
+
+        plain = without_cache(model, prompts[:2], args.new_tokens)
+        expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
+        together, alone = write(args.batch_size), write(1)
+        if together != alone or alone[:2] != expected:
+            raise SystemExit(f"{kind}: batches, single prompts and the loop without a cache write different texts")
+        calls: dict[str, Callable[[], object]] = {
+            "batches": lambda: write(args.batch_size),
+            "one by one": lambda: write(1),
+        }
+        seconds = interleaved(calls, args.rounds)
+        alone_again = interleaved({"no cache": lambda m=model: without_cache(m, prompts[:2], args.new_tokens)}, 1)  # type: ignore[misc]
+        slow = 2 * args.new_tokens / alone_again["no cache"][0]
+        rows.append([kind, "no cache", f"{slow:.0f}", ""])
+        for name, times in seconds.items():
+            speed = spread([tokens / s for s in times], 0)
+            gain = spread(ratios(seconds["one by one"], times), 1)
+            rows.append([kind, name, speed, gain])
+    print(
+        f"Greedy generation, float32, hidden {args.hidden_size}, {args.layers} layers, {args.prompts} prompts of 32 to "
+        f"128 tokens, {args.new_tokens} new tokens, batches of {args.batch_size}"
+    )
+    print(f"{machine(args.threads, 'transformers')}; {args.rounds} rounds in turn, median (range)\n")
+    print(table(["attention", "way", "tokens/s", "times one by one"], rows))
+
+
+if __name__ == "__main__":
+    main()
