@@ -1,4 +1,4 @@
-"""The command line: `difftune fit|evaluate|generate|export|merge|convert`. Imports no torch until a command runs.
+"""The command line: `difftune fit|evaluate|generate|export|merge|convert|compare|report`. No torch until it is needed.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
@@ -26,6 +26,7 @@ class Invocation:
     values: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     operand: str | None = None
+    more_operands: list[str] = field(default_factory=list)
 
 
 class UsageError(ValueError):
@@ -102,6 +103,8 @@ def parse(arguments: Sequence[str]) -> Invocation:
             found.command = argument
         elif found.operand is None and found.command in COMMANDS and COMMANDS[found.command].operand:
             found.operand = argument
+        elif found.command in COMMANDS and COMMANDS[found.command].many:
+            found.more_operands.append(argument)
         else:
             raise UsageError(f"unexpected argument {argument!r}; to set a recipe key, write KEY=VALUE")
     _check(found)
@@ -148,6 +151,8 @@ def _run(found: Invocation) -> int:
     assert command is not None
     if command == "convert":
         return _convert(found)
+    if COMMANDS[command].many:
+        return _look_at_runs(found)
     if command == "merge" or (command == "export" and _is_of_adapter(found)):
         return _write_adapter(found)
     config_file = _single(found, "config")
@@ -254,6 +259,26 @@ def _convert(found: Invocation) -> int:
         max_shard_gb=numbers.get("max-shard-gb"),
         overwrite="overwrite" in found.flags,
     )
+    return 0
+
+
+def _look_at_runs(found: Invocation) -> int:
+    """Compare and report: they read run folders, and need neither a recipe nor torch."""
+    if found.operand is None:
+        raise UsageError(f"{found.command} needs RUN, the folder of a run; see difftune {found.command} --help")
+    if found.overrides or "config" in found.values or "print-config" in found.flags:
+        raise UsageError(f"{found.command} reads no recipe: it takes RUN ... and its own options")
+    runs = [found.operand, *found.more_operands]
+    if found.command == "report":
+        from difftune.report.page import write_report
+
+        print(write_report(runs, Path(_single(found, "out") or "report.html")))
+        return 0
+    from rich.console import Console
+
+    from difftune.report.compare import compare_runs, comparison_table
+
+    Console().print(comparison_table(compare_runs(runs, metrics=found.values.get("metric", []))))
     return 0
 
 

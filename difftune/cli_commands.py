@@ -32,6 +32,8 @@ class Command:
     """What may follow the command's name."""
     reads_recipe: bool = True
     """Whether it takes --config and KEY=VALUE."""
+    many: bool = False
+    """Whether several operands may follow."""
 
 
 COMMON = (
@@ -199,6 +201,32 @@ COMMANDS = {
         operand="SOURCE",
         reads_recipe=False,
     ),
+    "compare": Command(
+        summary="what runs came to, recipe by recipe, over their seeds",
+        about="Groups runs (the folders that fit or evaluate --out wrote) by recipe, whatever their seed, and shows\n"
+        "each metric's mean with half of its 95% interval over the seeds; of two recipes, the difference too.",
+        options=(
+            Option("metric", "only these; * is any text; can be repeated", "NAME", is_text=True, repeatable=True),
+        ),
+        examples="""
+  difftune compare runs/diff-* runs/softmax-*
+  difftune compare runs/diff-* runs/softmax-* --metric 'noise/*'""",
+        operand="RUN",
+        reads_recipe=False,
+        many=True,
+    ),
+    "report": Command(
+        summary="one page about runs, with every curve, table and sample",
+        about="Writes one self-contained HTML page about runs (the folders that fit or evaluate --out wrote): what\n"
+        "they came to, curves, lambda by layer, evaluations, samples, differences of their recipes, the paper beside.",
+        options=(Option("out", "the file to write (report.html)", "FILE", is_text=True),),
+        examples="""
+  difftune report runs/quickstart --out report.html
+  difftune report runs/diff-* runs/softmax-* --out comparison.html""",
+        operand="RUN",
+        reads_recipe=False,
+        many=True,
+    ),
 }
 
 
@@ -232,7 +260,7 @@ def command_help(name: str) -> str:
         lines.append(f"  {left:<22}{option.help}{key}")
     options = "\n".join(lines)
     if not command.reads_recipe:
-        return f"""usage: difftune {name} {command.operand} [options]
+        return f"""usage: difftune {name} {command.operand}{" ..." if command.many else ""} [options]
 
 {command.about}
 

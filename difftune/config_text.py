@@ -75,8 +75,10 @@ def documented_keys(target: type = Config, prefix: str = "") -> list[Key]:
             meaning += f" Range: {limits}."
         keys.append(Key(path, describe_kind(hints[field.name]), _default(field), meaning))
         section = _section(hints[field.name])
-        if section is not None and section is not StageConfig:
-            is_list = typing.get_origin(hints[field.name]) is list
+        is_list = typing.get_origin(hints[field.name]) is list
+        # A variant inside a variant (a task that runs another one) has the keys that are told of the list already.
+        nested = section is StageConfig or (hasattr(section, "variants") and not is_list)
+        if section is not None and not nested:
             keys += _section_keys(section, f"{path}{'[]' if is_list else ''}")
     return keys
 

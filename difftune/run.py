@@ -1,5 +1,6 @@
 """What the commands do, in reading order: build the objects of a config, run them, say what came out."""
 
+import dataclasses
 import logging
 import sys
 import warnings
@@ -127,7 +128,9 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
         defaults = {
             name: value for name, value in vars(task_defaults(config.evaluation)).items() if name != "batch_size"
         }
-        settings = {task.task_name(): {**vars(task), "defaults": defaults} for task in config.evaluation.tasks}
+        settings = {
+            task.task_name(): {**dataclasses.asdict(task), "defaults": defaults} for task in config.evaluation.tasks
+        }
         run_time = {name: getattr(config.model, name) for name in ("dtype", "attention_backend", "quantization")}
         folder.open({**describe_model(config.model.path), **run_time, "tasks": settings})
     with Preemption() as preemption:

@@ -164,8 +164,8 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
     ("arguments", "message"),
     [
         (["fti"], "unknown command 'fti'; did you mean fit?"),
-        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, merge, convert"),
-        (["--model", "m"], "which command? one of fit, evaluate, generate, export, merge, convert"),
+        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, merge, convert, compare, report"),
+        (["--model", "m"], "which command? one of fit, evaluate, generate, export, merge, convert, compare, report"),
         (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
         (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
         (["fit", "--config"], "--config needs a value: --config FILE"),

@@ -62,7 +62,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     },
     "cli_commands": set(),
     "run_adapters": {"checkpoints", "data", "modeling", "run"},
-    "cli": {*CONFIG, "cli_commands", "run", "run_adapters"},
+    "cli": {*CONFIG, "cli_commands", "report", "run", "run_adapters"},
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 

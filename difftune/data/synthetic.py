@@ -12,7 +12,8 @@ answer is what stands after ``####``, as in GSM8K. With `answer_only` the target
 Train and test never share a problem: the split is a function of the problem itself (a hash of its canonical
 form, in which ``3+5-2`` and ``5-2+3`` are the same), one tenth of all problems being test.
 
-`synthetic:reasoning_gym/<task>` wraps a task of the reasoning_gym library (question and answer, no solution),
+`synthetic:needles` hides facts in noise and asks for them, see `difftune.data.needles`.
+`synthetic:reasoning_gym/<task>` wraps a task of the reasoning_gym library (question and answer, no solution). Both are
 split by a hash of the question.
 """
 
@@ -22,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from itertools import count as count_from
 from typing import Any
+
+from difftune.data.needles import draw_needles
 
 LEVELS: dict[int, dict[str, Any]] = {
     1: {"terms": (2, 2), "operands": (1, 9), "operators": "+-"},
@@ -37,11 +40,11 @@ _GYM = "reasoning_gym/"
 _FRUITLESS_DRAWS = 2000
 
 
-def generate(generator: str, split: str, options: dict[str, Any]) -> Iterator[dict[str, str]]:
+def generate(generator: str, split: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield `count` different problems, the same ones at every call.
 
     Args:
-        generator: "arithmetic" or "reasoning_gym/<task>".
+        generator: "arithmetic", "needles" or "reasoning_gym/<task>".
         split: "train" or "test"; no problem is in both, whatever the other settings are.
         options: `count` (default 20,000) and `seed` (default 0) for both. For arithmetic also `level` (1 to
             5, default 2) and what it stands for: `terms` [fewest, most], `operands` [lowest, highest] (whole
@@ -63,10 +66,13 @@ def generate(generator: str, split: str, options: dict[str, Any]) -> Iterator[di
     seed = _whole_number("seed", options.pop("seed", 0), low=0)
     if generator == "arithmetic":
         candidates = _arithmetic(random.Random(f"{seed} {split}"), **_checked(options))
+    elif generator == "needles":
+        rows = draw_needles(random.Random(f"{seed} {split}"), options)
+        candidates = ((row["question"], row) for row in rows)
     elif generator.startswith(_GYM):
         candidates = _reasoning_gym(generator.removeprefix(_GYM), seed, options)
     else:
-        raise ValueError(f"unknown generator {generator!r}: choose arithmetic or {_GYM}<task>")
+        raise ValueError(f"unknown generator {generator!r}: choose arithmetic, needles or {_GYM}<task>")
     return _distinct(candidates, generator, split, count)
 
 
@@ -118,7 +124,7 @@ def work_out(numbers: list[int], operators: list[str]) -> tuple[int, list[str]]:
 
 def _arithmetic(
     rng: random.Random, terms: tuple[int, int], operands: tuple[int, int], operators: str
-) -> Iterator[tuple[str, dict[str, str]]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Endless draws: canonical form and row."""
     while True:
         numbers = [rng.randint(*operands) for _ in range(rng.randint(*terms))]
@@ -129,7 +135,7 @@ def _arithmetic(
         yield canonical_chain(numbers, chain), row
 
 
-def _reasoning_gym(task: str, seed: int, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+def _reasoning_gym(task: str, seed: int, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     reasoning_gym = _import_reasoning_gym(f"{_GYM}{task}")
     try:
         # Items are made one at a time when indexed, so the size only has to be large enough.
@@ -150,8 +156,8 @@ def _import_reasoning_gym(generator: str) -> Any:
 
 
 def _distinct(
-    candidates: Iterable[tuple[str, dict[str, str]]], generator: str, split: str, count: int
-) -> Iterator[dict[str, str]]:
+    candidates: Iterable[tuple[str, dict[str, Any]]], generator: str, split: str, count: int
+) -> Iterator[dict[str, Any]]:
     """The first `count` candidates of the split, each question once."""
     seen: set[int] = set()
     fruitless = 0

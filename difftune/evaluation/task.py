@@ -101,6 +101,10 @@ class Clock:
         self._rang = self._rang or late or (self._should_stop is not None and self._should_stop())
         return self._rang
 
+    def ring(self) -> None:
+        """The task cannot go on, for a reason of its own."""
+        self._rang = True
+
 
 class ItemTask(Generic[S]):
     """The part of a task that all kinds share; a kind adds `num_items`, `run_block` and `summarise`."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftune.report.attention_maps import draw_attention
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -100,6 +102,7 @@ FIGURES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Figure]] = {
     "nll": draw_position_nll,
     "needle": draw_heat_map,
     "many_shot": draw_many_shot,
+    "attention_noise": draw_attention,
 }
 """What draws the results of a kind of task; kinds that are not here have no picture."""
 

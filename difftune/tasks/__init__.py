@@ -16,16 +16,26 @@ Recipes, `--task KIND`, strict checks with the nearest name, `fit --list-keys`, 
 from these. `--task KIND:TEXT` sets the field that `TaskConfig.operand` names.
 """
 
+from difftune.tasks.activations import ActivationsTaskConfig
+from difftune.tasks.attention_noise import AttentionNoiseTaskConfig
 from difftune.tasks.base import TaskConfig
+from difftune.tasks.hallucination import HallucinationTaskConfig
+from difftune.tasks.lm_eval import HarnessTaskConfig
 from difftune.tasks.many_shot import ManyShotTaskConfig
 from difftune.tasks.math import MathTaskConfig
 from difftune.tasks.needle import NeedleTaskConfig
 from difftune.tasks.nll import NllTaskConfig
+from difftune.tasks.quantization import QuantizationTaskConfig
 
 KINDS: dict[str, type[TaskConfig]] = {
     "math": MathTaskConfig,
     "many_shot": ManyShotTaskConfig,
     "needle": NeedleTaskConfig,
     "nll": NllTaskConfig,
+    "activations": ActivationsTaskConfig,
+    "attention_noise": AttentionNoiseTaskConfig,
+    "quantization": QuantizationTaskConfig,
+    "hallucination": HallucinationTaskConfig,
+    "lm_eval": HarnessTaskConfig,
 }
 """The dataclass of each kind."""

@@ -112,7 +112,7 @@ def test_wrong_settings_are_errors(options, message):
 
 
 def test_unknown_generator_and_split_are_errors():
-    with pytest.raises(ValueError, match="unknown generator 'algebra': choose arithmetic or reasoning_gym/<task>"):
+    with pytest.raises(ValueError, match="unknown generator 'algebra': choose arithmetic, needles or reasoning_gym"):
         synthetic.generate("algebra", "train", {})
     with pytest.raises(ValueError, match="must be one of train, test, got 'validation'"):
         synthetic.generate("arithmetic", "validation", {})

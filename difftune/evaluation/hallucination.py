@@ -1,0 +1,268 @@
+"""Hallucination in summaries and answers: does the model say only what the document says?
+
+A model summarises documents, or answers questions about them; a judge (`difftune.evaluation.judges`) says whether all
+of it can be inferred from the document. Accuracy is the share of texts free of hallucination.
+
+Source:
+    Ye et al., "Differential Transformer", arXiv:2410.05258, section 3.6: XSum, CNN/DM, MultiNews; Qasper, HotpotQA and
+    2WikiMQA of LongBench; 100 samples a set, judged by GPT-4o.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from difftune.evaluation.generation import generate_texts
+from difftune.evaluation.intervals import wilson_interval
+from difftune.evaluation.judges import Claim, Judge, JudgeUnavailableError
+from difftune.evaluation.task import Clock, ItemTask, share, without_nan
+
+log = logging.getLogger(__name__)
+
+PAPER = {
+    "diff_v1": {"xsum": 0.53, "cnn_dm": 0.41, "multi_news": 0.61, "qasper": 0.39, "hotpotqa": 0.46, "2wikimqa": 0.36},
+    "softmax": {"xsum": 0.44, "cnn_dm": 0.32, "multi_news": 0.42, "qasper": 0.28, "hotpotqa": 0.36, "2wikimqa": 0.29},
+}
+"""Accuracy by set in the paper, 3B models, judged by GPT-4o."""
+
+_SUMMARISE = "{document}\n\nSummarize the text above in a few sentences."
+_ASK = "{document}\n\nAnswer the question from the text above, briefly.\nQuestion: {question}"
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """A document, and what is asked about it."""
+
+    id: str
+    """Unique in its set."""
+    document: str
+    """The text."""
+    question: str | None
+    """None: a summary is asked for."""
+    gold: Sequence[str]
+    """The reference summary, or the valid answers."""
+
+
+@dataclass(frozen=True)
+class HallucinationSample:
+    """One text and its judgement."""
+
+    index: int
+    """Place of the document in its set."""
+    id: str
+    """Of the document."""
+    question: str | None
+    """None: a summary."""
+    gold: list[str]
+    """The reference."""
+    text: str
+    """What the model wrote."""
+    finished: bool
+    """The model ended it itself."""
+    verdict: str
+    """One of `judges.VERDICTS`."""
+    reason: str
+    """The judge's words."""
+    judge: str
+    """Who judged."""
+
+
+@dataclass(frozen=True)
+class HallucinationResult:
+    """Figures of one evaluation; NaN where nothing was judged."""
+
+    samples: list[HallucinationSample] = field(repr=False)
+    """Every text, in order."""
+    num_items: int
+    """How many there were to be."""
+    judge: str
+    """Who judged."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every text was judged."""
+        return len(self.samples) == self.num_items
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracy with its 95% interval, and the share of answers of the judge that could not be read."""
+        accuracy = _mean([sample.verdict == "true" for sample in self.samples])
+        low, high = wilson_interval(accuracy, len(self.samples))
+        return {
+            "accuracy": accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "unparsed": _mean([sample.verdict == "unparsed" for sample in self.samples]),
+            "n": float(len(self.samples)),
+        }
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        figures = self.metrics()
+        return f"{share(figures['accuracy'])} of {len(self.samples)} texts free of hallucination, says {self.judge}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the samples, ready for JSON."""
+        return {**without_nan(self.metrics()), "n": len(self.samples), "judge": self.judge}
+
+    def row(self) -> dict[str, str]:
+        """The figures as text, by column."""
+        figures = self.metrics()
+        return {
+            "accuracy": share(figures["accuracy"]),
+            "95% interval": f"{figures['accuracy_low']:.3f} to {figures['accuracy_high']:.3f}",
+            "n": str(len(self.samples)),
+            "unparsed": share(figures["unparsed"]),
+            "judge": self.judge,
+        }
+
+    def tables(self) -> list[Table]:
+        """None: the row says it all."""
+        return []
+
+
+@dataclass
+class HallucinationTask(ItemTask[HallucinationSample]):
+    """Documents, and who judges what is made of them.
+
+    Raises:
+        ValueError: If there is no document.
+    """
+
+    name: str
+    """Names the task in metrics and samples."""
+    sources: Sequence[SourceText]
+    """The set."""
+    judge: Judge
+    """Who judges."""
+    max_new_tokens: int = 256
+    """Longest text, in tokens."""
+    batch_size: int = 8
+    """Documents read together."""
+    cache: Path | None = None
+    """File for texts that were written and could not be judged yet. None: they are written again."""
+
+    kind: ClassVar[str] = "hallucination"
+    sample_type: ClassVar[type] = HallucinationSample
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError(f"evaluation task {self.name!r} has no document")
+
+    @property
+    def num_items(self) -> int:
+        """The number of documents."""
+        return len(self.sources)
+
+    def blocks(self, indices: list[int]) -> list[list[int]]:
+        """A batch a block."""
+        order = [index for block in super().blocks(indices) for index in block]
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def run_block(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, indices: list[int], clock: Clock
+    ) -> list[HallucinationSample]:
+        """Write texts and have them judged; what the judge does not answer is left for the next time."""
+        written = self._write(model, tokenizer, indices, clock)
+        samples = []
+        for index, (text, finished) in written.items():
+            source = self.sources[index]
+            claim = Claim(source.document, source.question, source.gold, text)
+            try:
+                judgement = self.judge.judge(claim, clock.is_over)
+            except JudgeUnavailableError as error:
+                log.warning("%s: no judgement, so the task stops here: %s", self.name, error)
+                clock.ring()
+                break
+            samples.append(
+                HallucinationSample(
+                    index=index,
+                    id=source.id,
+                    question=source.question,
+                    gold=list(source.gold),
+                    text=text,
+                    finished=finished,
+                    verdict=judgement.verdict,
+                    reason=judgement.reason,
+                    judge=self.judge.name,
+                )
+            )
+        return samples
+
+    def summarise(self, samples: Iterable[HallucinationSample]) -> HallucinationResult:
+        """Figures of the samples, of all parts together."""
+        return HallucinationResult(sorted(samples, key=lambda one: one.index), self.num_items, self.judge.name)
+
+    def _write(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, indices: list[int], clock: Clock
+    ) -> dict[int, tuple[str, bool]]:
+        """Texts by index, from the cache where an earlier run wrote them; on disk before they are judged."""
+        prompts = {index: _prompt(tokenizer, self.sources[index]) for index in indices}
+        state = fingerprint(model)
+        keys = {index: _key(state, prompts[index], self.max_new_tokens) for index in indices}
+        kept = self._read_cache()
+        missing = [index for index in indices if keys[index] not in kept]
+        generations = generate_texts(
+            model,
+            tokenizer,
+            [prompts[index] for index in missing],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            should_stop=clock.is_over,
+        )
+        for index, generation in zip(missing, generations, strict=True):
+            if not generation.interrupted:
+                kept[keys[index]] = (generation.text.strip(), generation.finished)
+                self._keep(keys[index], *kept[keys[index]])
+        return {index: kept[keys[index]] for index in indices if keys[index] in kept}
+
+    def _read_cache(self) -> dict[str, tuple[str, bool]]:
+        if self.cache is None or not self.cache.is_file():
+            return {}
+        lines = self.cache.read_text(encoding="utf-8").splitlines(True)
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        return {entry["key"]: (entry["text"], entry["finished"]) for entry in entries}
+
+    def _keep(self, key: str, text: str, finished: bool) -> None:
+        if self.cache is None:
+            return
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        with self.cache.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "text": text, "finished": finished}) + "\n")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of some numbers of every parameter: another after a step of training, the same for the same weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)][:16]
+        digest.update(name.encode() + some.to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, source: SourceText) -> list[int]:
+    form = _SUMMARISE if source.question is None else _ASK
+    content = form.format(document=source.document, question=source.question)
+    if tokenizer.chat_template is None:
+        return list(tokenizer(content + "\n\n")["input_ids"])
+    chat = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    # The template has written the special tokens already.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _key(state: str, prompt: list[int], max_new_tokens: int) -> str:
+    return hashlib.sha256(json.dumps([state, prompt, max_new_tokens]).encode()).hexdigest()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else float("nan")

@@ -1,0 +1,243 @@
+"""The tasks of EleutherAI's lm-evaluation-harness on our models, through its own API.
+
+An item is a task of the harness (or a group of them): its figures come out of `lm_eval.simple_evaluate` as they are.
+What was interrupted within a task is not counted.
+
+Source:
+    github.com/EleutherAI/lm-evaluation-harness: the paper's zero-shot tables and its HellaSwag under quantisation.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from difftune.evaluation.task import Clock, ItemTask, without_nan
+
+INSTALL = "lm_eval tasks need the harness: pip install 'difftune[lm-eval]'"
+
+
+@dataclass(frozen=True)
+class HarnessSample:
+    """What one task of the harness came to."""
+
+    index: int
+    """Place of the task in the list."""
+    task: str
+    """Its name in the harness."""
+    figures: dict[str, float]
+    """By `task_metric` (`task_metric_filter` where a filter was used), standard errors as `..._stderr`."""
+    num_samples: int
+    """Documents that were asked."""
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """The figures of all tasks."""
+
+    samples: list[HarnessSample] = field(repr=False)
+    """One a task of the harness."""
+    num_items: int
+    """How many there were to be."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task was run."""
+        return len(self.samples) == self.num_items
+
+    def metrics(self) -> dict[str, float]:
+        """All figures."""
+        return {name: value for sample in self.samples for name, value in sample.figures.items()}
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        shown = [f"{name} {value:.4f}" for name, value in self.metrics().items() if not name.endswith("_stderr")]
+        return ", ".join(shown) or "not measured"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures and counts, ready for JSON."""
+        return without_nan({**self.metrics(), "n": sum(sample.num_samples for sample in self.samples)})
+
+    def row(self) -> dict[str, str]:
+        """How many tasks and documents."""
+        return {
+            "harness tasks": f"{len(self.samples)} of {self.num_items}",
+            "n": str(sum(sample.num_samples for sample in self.samples)),
+        }
+
+    def tables(self) -> list[Table]:
+        """Every figure with its standard error."""
+        table = Table(title="lm-evaluation-harness", title_justify="left")
+        for column in ("metric", "value", "standard error", "n"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for sample in self.samples:
+            for name, value in sample.figures.items():
+                if not name.endswith("_stderr"):
+                    error = sample.figures.get(f"{name}_stderr", math.nan)
+                    shown = "-" if math.isnan(error) else f"{error:.4f}"
+                    table.add_row(name, f"{value:.4f}", shown, str(sample.num_samples))
+        return [table] if self.samples else []
+
+
+@dataclass
+class HarnessTask(ItemTask[HarnessSample]):
+    """Tasks of the harness, by name.
+
+    Raises:
+        ImportError: If the harness is not installed.
+        ValueError: If no task is named, or the harness does not know one of them.
+    """
+
+    name: str
+    """Names the task in metrics and samples."""
+    tasks: Sequence[str]
+    """Names of tasks or groups of the harness."""
+    num_fewshot: int | None = None
+    """Examples in front of each question. None: as the task says."""
+    limit: int | None = None
+    """Documents of each task, the first ones. None: all."""
+    batch_size: int = 8
+    """Requests run together."""
+    max_length: int | None = None
+    """Longest sequence in tokens. None: what the model is meant for."""
+    apply_chat_template: bool = False
+    """Ask through the tokenizer's chat template."""
+    include_path: str | None = None
+    """A folder with task definitions of one's own."""
+
+    kind: ClassVar[str] = "lm_eval"
+    sample_type: ClassVar[type] = HarnessSample
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"task {self.name!r} names no task of the harness: lm_eval:hellaswag,arc_easy")
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ImportError(INSTALL)
+        from lm_eval.tasks import TaskManager
+
+        self._manager = TaskManager(include_path=self.include_path)
+        unknown = [task for task in self.tasks if not self._manager.match_tasks([task])]
+        if unknown:
+            raise ValueError(
+                f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` shows all, and "
+                "include_path names a folder with more"
+            )
+
+    @property
+    def num_items(self) -> int:
+        """The number of tasks of the harness."""
+        return len(self.tasks)
+
+    def blocks(self, indices: list[int]) -> list[list[int]]:
+        """One task after the other, in the order given."""
+        return [[index] for index in sorted(indices)]
+
+    def run_block(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, indices: list[int], clock: Clock
+    ) -> list[HarnessSample]:
+        """The figures of some tasks; none of one that the time did not allow."""
+        samples = []
+        for index in indices:
+            try:
+                samples.append(self._evaluate(model, tokenizer, index, clock))
+            except _TimeIsOverError:
+                break
+        return samples
+
+    def summarise(self, samples: Iterable[HarnessSample]) -> HarnessResult:
+        """The figures of all parts together."""
+        return HarnessResult(sorted(samples, key=lambda sample: sample.index), self.num_items)
+
+    def _evaluate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, index: int, clock: Clock
+    ) -> HarnessSample:
+        import lm_eval
+
+        task = self.tasks[index]
+        found = lm_eval.simple_evaluate(
+            model=harness_model(model, tokenizer, clock, self.batch_size, self.max_length),
+            tasks=[task],
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            log_samples=False,
+            apply_chat_template=self.apply_chat_template,
+            task_manager=self._manager,
+            # The random state belongs to whoever trains the model; examples in front have a seed of their own.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+        assert found is not None, "only ranks above 0 get nothing, and the harness knows of one rank"
+        figures = {
+            named: float(value)
+            for name, values in found["results"].items()
+            for metric, value in values.items()
+            if isinstance(value, int | float) and (named := figure_name(name, metric)) is not None
+        }
+        counts = found.get("n-samples", {})
+        return HarnessSample(index, task, figures, sum(count["effective"] for count in counts.values()))
+
+
+def figure_name(task: str, metric: str) -> str | None:
+    """Our name for a figure of the harness; None for what is not a figure.
+
+    Example:
+        >>> figure_name("hellaswag", "acc_norm,none"), figure_name("gsm8k", "exact_match_stderr,strict-match")
+        ('hellaswag_acc_norm', 'gsm8k_exact_match_strict-match_stderr')
+    """
+    name, comma, kind = metric.partition(",")
+    if not comma:
+        return None
+    is_error = name.endswith("_stderr")
+    parts = [task, name.removesuffix("_stderr")] + ([] if kind == "none" else [kind])
+    return "_".join(parts + (["stderr"] if is_error else []))
+
+
+def harness_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, clock: Clock, batch_size: int, max_length: int | None
+) -> Any:
+    """A model as the harness wants it; it stops with an error of ours when the time is over.
+
+    Args:
+        model: A causal language model of transformers' kind, on its device.
+        tokenizer: Its tokenizer.
+        clock: Asked before every forward.
+        batch_size: Requests run together.
+        max_length: Longest sequence in tokens. None: what the model is meant for.
+
+    Returns:
+        An instance of the harness's `HFLM`.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Interruptible(HFLM):
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            _check(clock)
+            return super()._model_call(*args, **kwargs)
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            _check(clock)
+            return super()._model_generate(*args, **kwargs)
+
+    return Interruptible(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        device=str(next(model.parameters()).device),
+        batch_size=batch_size,
+        max_length=max_length or getattr(model.config, "max_position_embeddings", None),
+    )
+
+
+class _TimeIsOverError(Exception):
+    """Leaves the harness's loops."""
+
+
+def _check(clock: Clock) -> None:
+    if clock.is_over():
+        raise _TimeIsOverError

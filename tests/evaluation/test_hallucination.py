@@ -1,0 +1,76 @@
+import logging
+
+import pytest
+import torch
+
+from difftune.data.tokenizers import build_tokenizer
+from difftune.evaluation.hallucination import HallucinationTask, SourceText, fingerprint
+from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
+from tests.evaluation.judge_server import judge_server
+from tests.evaluation.scripted import tiny_model
+
+TOKENIZER = build_tokenizer("digits")
+SOURCES = [SourceText(str(n), f"Story {n} of Troy.", None if n % 2 else "Who?", ["Troy"]) for n in range(5)]
+
+
+def task(judge, **options):
+    return HallucinationTask("stories", SOURCES, judge, max_new_tokens=6, batch_size=2, **options)
+
+
+def test_texts_are_judged_and_counted():
+    with judge_server(answer="**Conclusion: False**") as server:
+        server.script = ["**Conclusion: True**", "who knows"]
+        made = task(EndpointJudge(server.url, "m"))
+        result = made.summarise(made.run(tiny_model(), TOKENIZER))
+    metrics = result.metrics()
+    assert metrics["accuracy"] == pytest.approx(1 / 5) and metrics["unparsed"] == pytest.approx(1 / 5)
+    assert result.complete and metrics["n"] == 5 and "0.200 of 5 texts" in str(result)
+    assert result.row()["judge"] == result.to_dict()["judge"] == "m" and result.tables() == []
+    assert {sample.verdict for sample in result.samples} == {"true", "false", "unparsed"}
+
+
+def test_a_dead_endpoint_loses_nothing(tmp_path, caplog, monkeypatch):
+    model = tiny_model()
+    kept = []
+    with judge_server() as server:
+        server.script = ["**Conclusion: True**", 500, 500]
+        judge = EndpointJudge(server.url, "m", cache=tmp_path / "j.jsonl", retries=1, wait_s=0.01)
+        made = task(judge, cache=tmp_path / "t.jsonl")
+        with caplog.at_level(logging.WARNING):
+            samples = made.run(model, TOKENIZER, on_block=kept.extend)
+        assert len(samples) == len(kept) == 1 and "no judgement, so the task stops here" in caplog.text
+        assert not made.summarise(samples).complete and len(server.requests) == 3
+        # The text that could not be judged is there, and is not written again.
+        from difftune.evaluation import hallucination
+
+        written = []
+        original = hallucination.generate_texts
+
+        def counted(model, tokenizer, prompts, **options):
+            written.extend(prompts)
+            return original(model, tokenizer, prompts, **options)
+
+        monkeypatch.setattr(hallucination, "generate_texts", counted)
+        samples = made.run(model, TOKENIZER, done=samples)
+        assert made.summarise(samples).complete and len(written) == 3 and len(server.requests) == 7
+    assert sorted(sample.index for sample in samples) == [0, 1, 2, 3, 4]
+
+
+def test_the_offline_judge_needs_no_network_and_says_its_name():
+    made = task(SpanSupportJudge())
+    result = made.summarise(made.run(tiny_model(), TOKENIZER))
+    assert result.complete and "offline, no judge" in str(result) and result.metrics()["accuracy"] == 0
+
+
+def test_texts_of_other_weights_are_not_taken_for_those_of_these():
+    model = tiny_model()
+    before = fingerprint(model)
+    assert fingerprint(tiny_model()) == before
+    with torch.no_grad():
+        model.lm_head.weight *= 1.001
+    assert fingerprint(model) != before
+
+
+def test_a_set_without_documents_is_refused():
+    with pytest.raises(ValueError, match="no document"):
+        HallucinationTask("stories", [], SpanSupportJudge())
