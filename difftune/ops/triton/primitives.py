@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+# The kernels hold scale * log2(e), because exp2 is what the hardware has; gradients need the scale itself.
+LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -30,12 +35,12 @@ def narrow(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def load_rows(ptr, first, count, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
     """Rows ``first, ..., first + ROWS - 1`` of a matrix with ``count`` rows; zero beyond when MASKED."""
-    rows = tl.arange(0, ROWS)
-    # The offset of a tile may pass 2^31 elements, offsets within one do not.
-    ptr += tl.cast(first, tl.int64) * stride
-    ptrs = ptr + rows[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+    rows = first + tl.arange(0, ROWS)
+    # Int64 for each row, as a tensor: the offset may pass 2^31 elements, and a wide scalar offset for the whole tile
+    # makes ptxas put waits between the products of the loop (warning C7515).
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     if MASKED:
-        return tl.load(ptrs, mask=rows[:, None] < count - first, other=0.0)
+        return tl.load(ptrs, mask=rows[:, None] < count, other=0.0)
     else:
         return tl.load(ptrs)
 
@@ -43,10 +48,9 @@ def load_rows(ptr, first, count, stride, ROWS: tl.constexpr, COLUMNS: tl.constex
 @triton.jit
 def store_rows(ptr, x, first, count, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr):
     """Inverse of :func:`load_rows`: rows beyond ``count`` are dropped."""
-    rows = tl.arange(0, ROWS)
-    ptr += tl.cast(first, tl.int64) * stride
-    ptrs = ptr + rows[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
-    tl.store(ptrs, narrow(x, ptr.dtype.element_ty, INTERPRET), mask=rows[:, None] < count - first)
+    rows = first + tl.arange(0, ROWS)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+    tl.store(ptrs, narrow(x, ptr.dtype.element_ty, INTERPRET), mask=rows[:, None] < count)
 
 
 @triton.jit
