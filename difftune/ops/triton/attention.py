@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from difftune.ops.documents import Documents
+from difftune.ops.triton.coverage import compute_dtype
 from difftune.ops.triton.launch import Problem
 
 _ARGUMENTS = """
@@ -134,9 +135,7 @@ def triton_diff_attention(
 
     The caller has asked `difftune.ops.triton.coverage.why_not`.
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
     cu_seqlens, max_length = (None, 0) if documents is None else (documents.cu_seqlens, documents.max_length)
     out, *_ = torch.ops.difftune.diff_attention_forward(
         q, k, v, lam, norm_weight, cu_seqlens, key_padding_mask, max_length, causal, scale, norm_eps

@@ -22,7 +22,7 @@ STATISTICS_ROWS = 32
 
 def backward(
     grad: torch.Tensor, raw: torch.Tensor, negative: torch.Tensor, lse: torch.Tensor, problem: Problem
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the three kernels; the first four arguments are the output's gradient and what the forward returned.
 
     Returns:

@@ -139,10 +139,7 @@ def keys_kernel(
     v_ptr += row * stride_vb + first * stride_vt + group.to(tl.int64) * stride_vh
     stride_o = H * E
     k1 = load_rows(k_ptr, first_key, nk, stride_kt, COLUMNS, D, True)
-    if SHARED:
-        k2 = k1
-    else:
-        k2 = load_rows(k_ptr + stride_kp, first_key, nk, stride_kt, COLUMNS, D, True)
+    k2 = k1 if SHARED else load_rows(k_ptr + stride_kp, first_key, nk, stride_kt, COLUMNS, D, True)
     v = load_rows(v_ptr, first_key, nk, stride_vt, COLUMNS, E, True)
     dk1 = tl.zeros([COLUMNS, D], tl.float32)
     dk2 = tl.zeros([COLUMNS, D], tl.float32)

@@ -62,10 +62,7 @@ def _walk_keys(
         dp = dot(grad, tl.trans(v), None, INTERPRET)
         ds1 = p1 * (dp - delta1[:, None])
         dq1 = dot(narrow(ds1, k1.dtype, INTERPRET), k1, dq1, INTERPRET)
-        if SHARED:
-            k2 = k1
-        else:
-            k2 = load_rows(k_ptr + stride_kp, n, nk, stride_kt, COLUMNS, D, MASKED)
+        k2 = k1 if SHARED else load_rows(k_ptr + stride_kp, n, nk, stride_kt, COLUMNS, D, MASKED)
         s2 = logits(q2, k2, mask_ptr, first_query, n, nq, nk, ROWS, COLUMNS, CAUSAL, PADDED, MASKED, INTERPRET)
         p2 = tl.math.exp2(s2 * scale - lse2[:, None])
         ds2 = p2 * (lam[:, None] * (delta2[:, None] - dp))

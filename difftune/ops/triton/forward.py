@@ -99,10 +99,7 @@ def _both_maps(
     for n in tl.range(start, end, COLUMNS, num_stages=STAGES):
         k1 = load_rows(k_ptr, n, nk, stride_k, COLUMNS, D, MASKED)
         s1 = logits(q1, k1, mask_ptr, first_query, n, nq, nk, ROWS, COLUMNS, CAUSAL, PADDED, MASKED, INTERPRET)
-        if SHARED:
-            k2 = k1
-        else:
-            k2 = load_rows(k_ptr + stride_kp, n, nk, stride_k, COLUMNS, D, MASKED)
+        k2 = k1 if SHARED else load_rows(k_ptr + stride_kp, n, nk, stride_k, COLUMNS, D, MASKED)
         s2 = logits(q2, k2, mask_ptr, first_query, n, nq, nk, ROWS, COLUMNS, CAUSAL, PADDED, MASKED, INTERPRET)
         v = load_rows(v_ptr, n, nk, stride_v, COLUMNS, E, MASKED)
         acc1, highest1, total1 = _accumulate(acc1, highest1, total1, s1, v, scale, INTERPRET)
@@ -240,7 +237,7 @@ def forward_kernel(
     store_rows(out_ptr + offset, out, first_query, nq, stride_o, ROWS, E, INTERPRET)
 
 
-def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
+def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the forward kernel.
 
     Returns:
@@ -248,7 +245,7 @@ def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
         negative map, likewise; the log2-sum-exp2 of both maps ``(2, B, H, T)``, float32.
     """
     q, tile = problem.q, problem.tiles.forward
-    B, T, H, E = problem.out_shape
+    B, T, H, _ = problem.out_shape
     out, negative = (torch.empty(problem.out_shape, dtype=q.dtype, device=q.device) for _ in range(2))
     raw = torch.empty_like(out) if problem.norm_weight is not None else out.new_empty(0)
     lse = torch.empty(2, B, H, T, dtype=torch.float32, device=q.device)
