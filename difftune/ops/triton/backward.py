@@ -35,7 +35,7 @@ def backward(
     delta = torch.empty_like(lse)
     grad_raw = grad if weight is None else torch.empty_like(grad)
     blocks = triton.cdiv(T, STATISTICS_ROWS)
-    partial = lse.new_empty(0 if weight is None else blocks * H * B, E)
+    partial = torch.empty(0 if weight is None else blocks * H * B, E, dtype=torch.float32, device=q.device)
     names = ("lam_ptr", "stride_lb", "stride_lt", "stride_lh", "H", "T", "E", "LAM_TOKEN", "INTERPRET")
     statistics_kernel[(blocks * H * B,)](
         grad_ptr=grad,

@@ -39,13 +39,13 @@ several, and masked ones on every side."""
 # Keys of an architecture are compute capabilities, 90 = H100.
 _V1_90 = {
     32: Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    64: Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    64: Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     128: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), sequential=True),
 }
 _V2_90 = {
     32: Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    64: Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    128: Tiles(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
+    64: Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    128: Tiles(Tile(128, 32, 8, 3), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
 }
 _V1_80 = {
     32: Tiles(Tile(128, 32, 8, 3), Tile(32, 128, 8, 3), Tile(128, 32, 8, 2)),
