@@ -191,7 +191,7 @@ def _outside_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     # Imported here, so that the package neither needs Triton nor waits for it.
     from difftune.ops.triton import coverage
 
-    if not coverage.is_installed():
+    if not coverage.INSTALLED:
         if auto:
             return "Triton is not installed"
         raise ImportError(f"backend='triton' needs Triton, which is not installed: {coverage.INSTALL}")

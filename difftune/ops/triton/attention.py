@@ -110,7 +110,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    saved, norm_weight = ctx.saved_tensors, ctx.saved_tensors[7]
+    saved = ctx.saved_tensors
+    norm_weight = saved[7]
     dq, dk, dv, dlam, dweight = torch.ops.difftune.diff_attention_backward(grad, *saved, *ctx.options)
     return dq, dk, dv, dlam, None if norm_weight is None else dweight, None, None, None, None, None, None
 

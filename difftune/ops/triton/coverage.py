@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 
 import torch
 
 from difftune.ops.triton.launch import architecture
 from difftune.ops.triton.tiles import TILES
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INSTALL = "pip install triton (Linux; CUDA builds of torch bring it), or choose backend='sdpa'"
-
-
-@cache
-def is_installed() -> bool:
-    """Whether Triton can be imported; CUDA builds of torch bring it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

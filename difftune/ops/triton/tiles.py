@@ -32,8 +32,7 @@ class Tiles(NamedTuple):
 
 
 INTERPRETER = 0
-"""Stands for Triton's interpreter among the architectures: small tiles of unequal sides, so that short inputs have
-several, and masked ones on every side."""
+"""Stands for Triton's interpreter among the architectures: small tiles, so that short inputs have several."""
 
 # (architecture, D, E): those that compile without spills in their main loops, or with the fewest (docs/kernels.md).
 # Keys of an architecture are compute capabilities, 90 = H100.
@@ -58,7 +57,7 @@ _V2_80 = {
     128: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
 }
 _SMALL = {
-    D: Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), sequential=D == 128) for D in (16, 32, 64, 128)
+    D: Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), sequential=D == 128) for D in (32, 64, 128)
 }
 TILES: dict[int, dict[tuple[int, int], Tiles]] = {
     INTERPRETER: {(D, E): tiles for D, tiles in _SMALL.items() for E in (D, 2 * D)},

@@ -46,7 +46,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     """The buffers of this test, each with its bands, which are checked at the end."""
     from difftune.ops.triton import backward, forward
@@ -86,6 +86,6 @@ def among_nans(x: torch.Tensor, rows: int = 3) -> torch.Tensor:
     """``x`` as a strided view, its rows apart, in memory full of NaN: what is read beside it shows."""
     shape = [size + rows for size in x.shape[:-1]] + [x.shape[-1] + 16]
     around = torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
-    inside = around[tuple(slice(1, 1 + size) for size in x.shape[:-1]) + (slice(8, 8 + x.shape[-1]),)]
+    inside = around[(*(slice(1, 1 + size) for size in x.shape[:-1]), slice(8, 8 + x.shape[-1]))]
     inside.copy_(x)
     return inside

@@ -8,7 +8,7 @@ from difftune.ops.triton.attention import triton_diff_attention
 from tests.ops.equation import make_inputs
 from tests.ops.triton.conftest import among_nans
 
-SHAPE = (1, 20, 20, 2, 1, 32)
+SHAPE = (1, 13, 13, 2, 1, 32)
 
 
 def leaves(device, kind="v1", lam="layer", norm=True, dtype=torch.float32, shape=SHAPE):
@@ -19,19 +19,17 @@ def attend(q, k, v, lam, weight=None, **options):
     return diff_attention(q, k, v, lam, norm_weight=weight, backend="triton", **options)
 
 
-@pytest.mark.parametrize(("kind", "lam", "norm"), [("v1", "layer", True), ("v2", "token", False)])
-def test_the_operator_keeps_what_torch_asks_of_operators(kind, lam, norm, device):
-    q, k, v, lam, *weight = leaves(device, kind, lam, norm)
-    arguments = (q, k, v, lam, weight[0] if norm else None, None, None, 0, True, 0.2, 1e-5)
+def test_the_operator_keeps_what_torch_asks_of_operators(device):
+    arguments = (*leaves(device), None, None, 0, True, 0.2, 1e-5)
     torch.library.opcheck(torch.ops.difftune.diff_attention_forward.default, arguments)
 
 
 def test_the_operator_takes_documents_and_padding(device):
     q, k, v, lam = (x.detach() for x in leaves(device, norm=False))
-    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
-    mask = torch.arange(20, device=device)[None] > 4
+    cu_seqlens = torch.tensor([0, 7, 13], dtype=torch.int32, device=device)
+    mask = torch.arange(13, device=device)[None] > 4
     utilities = ("test_schema", "test_faketensor")
-    for masks in ((cu_seqlens, None, 13), (None, mask, 0)):
+    for masks in ((cu_seqlens, None, 7), (None, mask, 0)):
         arguments = (q, k, v, lam, None, *masks, True, 0.2, 1e-5)
         torch.library.opcheck(torch.ops.difftune.diff_attention_forward.default, arguments, test_utils=utilities)
 
@@ -67,7 +65,12 @@ def test_saved_activations_of_a_head_are_at_most_twelve_times_tokens_times_dims(
     inputs = leaves(device, kind, norm=kind == "v1", shape=(B, T, T, H, H, D))
     projection = torch.nn.Linear(H * inputs[2].shape[-1], 8, bias=False, device=device)
     saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x):
+
+    def keep(x):
+        saved[x.data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         projection(attend(*inputs).flatten(2)).sum().backward()
     heads = [x for x in saved.values() if x.ndim >= 3 and x.shape[-1] != T]
     statistics = [x for x in saved.values() if x.ndim == 4 and x.shape[-1] == T]
@@ -95,7 +98,7 @@ def layouts():
 
 @pytest.mark.parametrize("layout", layouts())
 def test_strided_inputs_are_read_where_they_lie(layout, device, monkeypatch):
-    q, k, v, lam = (x.detach() for x in leaves(device, norm=False, shape=(2, 20, 37, 2, 2, 32)))
+    q, k, v, lam = (x.detach() for x in leaves(device, norm=False, shape=(2, 9, 17, 2, 2, 32)))
     expected = attend(q, k, v, lam)
     views = layouts()[layout](q, k, v)
     assert any(not x.is_contiguous() for x in views)
@@ -104,7 +107,7 @@ def test_strided_inputs_are_read_where_they_lie(layout, device, monkeypatch):
 
 
 def test_gradients_of_strided_inputs_are_those_of_dense_ones(device):
-    q, k, v, lam = leaves(device, norm=False, shape=(2, 20, 37, 2, 2, 32))
+    q, k, v, lam = leaves(device, norm=False, shape=(2, 9, 17, 2, 2, 32))
     dense = torch.autograd.grad(attend(q, k, v, lam).square().sum(), [q, k, v])
     views = [among_nans(x.detach()).requires_grad_() for x in (q, k, v)]
     strided = torch.autograd.grad(attend(*views, lam).square().sum(), views)
@@ -135,7 +138,7 @@ def test_a_constant_weight_receives_no_gradient_and_a_frozen_lambda_neither(devi
 
 def test_documents_prepared_once_serve_the_kernels(device):
     q, k, v, lam = (x.detach() for x in leaves(device, norm=False))
-    cu_seqlens = torch.tensor([0, 7, 20], device=device)
+    cu_seqlens = torch.tensor([0, 7, 13], device=device)
     options = {"causal": True, "key_padding_mask": None, "scale": 32**-0.5, "norm_weight": None, "norm_eps": 0.0}
     direct = triton_diff_attention(q, k, v, lam, documents=Documents(cu_seqlens), **options)
     torch.testing.assert_close(attend(q, k, v, lam, cu_seqlens=cu_seqlens), direct, rtol=0, atol=0)

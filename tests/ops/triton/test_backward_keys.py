@@ -1,7 +1,10 @@
+import pytest
 import torch
 
 from difftune.ops import diff_attention
 from tests.ops.equation import make_inputs
+
+pytestmark = pytest.mark.usefixtures("guards")
 
 
 def gradients(q, k, v, lam, **masks):

@@ -1,7 +1,10 @@
+import pytest
 import torch
 
 from difftune.ops import diff_attention
 from tests.ops.equation import make_inputs
+
+pytestmark = pytest.mark.usefixtures("guards")
 
 
 def test_a_query_that_sees_no_key_has_gradient_zero(device):

@@ -7,6 +7,8 @@ from difftune.ops.triton.forward import forward
 from difftune.ops.triton.launch import Problem
 from tests.ops.equation import assert_equals_the_equation, make_inputs
 
+pytestmark = pytest.mark.usefixtures("guards")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, T, S, H, G, D): a GQA group of 1 and 2, T = S, T < S, T > S, one query, lengths that no tile divides.
 CASES = {
@@ -83,5 +85,5 @@ def test_a_planted_error_of_one_percent_is_caught(device, monkeypatch):
         return wrong(*args, backend=backend, **options, **extra)
 
     monkeypatch.setattr("tests.ops.equation.diff_attention", planted)
-    with pytest.raises(AssertionError, match="out: error .* over budget"):
+    with pytest.raises(AssertionError, match=r"out: error .* over budget"):
         assert_equals_the_equation(inputs, "triton", device)

@@ -1,4 +1,4 @@
-"""A change that makes a kernel spill more registers, or need more memory than the GPU has, fails here, without a GPU."""
+"""A change that makes a kernel spill more registers, or need more memory than a GPU has, fails here, without one."""
 
 import json
 import os
