@@ -46,11 +46,10 @@ def diff_attention_forward(
     """
     from difftune.ops.triton.forward import forward
 
-    return forward(
-        Problem(
-            q, k, v, lam, norm_weight, cu_seqlens, key_padding_mask, max_length, causal, scale, norm_eps
-        )
-    )  # fmt: skip
+    problem = Problem(q, k, v, lam, norm_weight, cu_seqlens, key_padding_mask, max_length, causal, scale, norm_eps)
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(q):
+        return forward(problem)
 
 
 @diff_attention_forward.register_fake
@@ -87,11 +86,9 @@ def diff_attention_backward(
     """Backward kernels: gradients of q, k, v, lam and the norm's weight (empty without a norm); deterministic."""
     from difftune.ops.triton.backward import backward
 
-    return backward(
-        grad, raw, negative, lse, Problem(
-            q, k, v, lam, norm_weight, cu_seqlens, key_padding_mask, max_length, causal, scale, norm_eps
-        )
-    )  # fmt: skip
+    problem = Problem(q, k, v, lam, norm_weight, cu_seqlens, key_padding_mask, max_length, causal, scale, norm_eps)
+    with torch.cuda.device_of(q):
+        return backward(grad, raw, negative, lse, problem)
 
 
 @diff_attention_backward.register_fake

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from difftune.ops.triton.tiles import INTERPRETER, TILES, Tiles
+from difftune.ops.triton.tiles import SMALL, TILES, Tiles
 
 
 def is_interpreted() -> bool:
@@ -20,9 +20,9 @@ def is_interpreted() -> bool:
 
 @torch.compiler.assume_constant_result
 def architecture(device: str, index: int | None) -> int:
-    """Key of `TILES` for a device: its compute capability, 90 for 9.0, or that of the interpreter; -1 for others."""
+    """Key of `TILES` for a device: its compute capability, 90 for 9.0, or SMALL for the interpreter; -1 for others."""
     if is_interpreted():
-        return INTERPRETER
+        return SMALL
     if device != "cuda":
         return -1
     major, minor = torch.cuda.get_device_capability(index)
@@ -31,7 +31,7 @@ def architecture(device: str, index: int | None) -> int:
 
 def rows_in_memory(x: torch.Tensor) -> torch.Tensor:
     """``x``, copied only where the kernels cannot read it: its last axis must be dense."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass
@@ -78,7 +78,8 @@ class Problem:
     @cached_property
     def tiles(self) -> Tiles:
         """Tile sizes on this device."""
-        arch = architecture(self.q.device.type, self.q.device.index)
+        wide = self.q.dtype == torch.float32
+        arch = SMALL if wide else architecture(self.q.device.type, self.q.device.index)
         return TILES[arch][self.q.shape[4], self.v.shape[3]]
 
     @cached_property

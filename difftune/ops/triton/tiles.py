@@ -16,7 +16,13 @@ class Tile(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """As the arguments of a launch."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.stages, "num_warps": self.warps}
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 class Tiles(NamedTuple):
@@ -31,8 +37,9 @@ class Tiles(NamedTuple):
     """One map after the other in the forward, where two accumulators do not fit the registers."""
 
 
-INTERPRETER = 0
-"""Stands for Triton's interpreter among the architectures: small tiles, so that short inputs have several."""
+SMALL = 0
+"""Stands among the architectures for Triton's interpreter, where short inputs should have several tiles, and for
+float32 on any GPU, of which larger tiles do not fit the shared memory."""
 
 # (architecture, D, E): those that compile without spills in their main loops, or with the fewest (docs/kernels.md).
 # Keys of an architecture are compute capabilities, 90 = H100.
@@ -60,7 +67,7 @@ _SMALL = {
     D: Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), sequential=D == 128) for D in (32, 64, 128)
 }
 TILES: dict[int, dict[tuple[int, int], Tiles]] = {
-    INTERPRETER: {(D, E): tiles for D, tiles in _SMALL.items() for E in (D, 2 * D)},
+    SMALL: {(D, E): tiles for D, tiles in _SMALL.items() for E in (D, 2 * D)},
     80: {(D, kind * D): tiles for kind, table in ((1, _V2_80), (2, _V1_80)) for D, tiles in table.items()},
     90: {(D, kind * D): tiles for kind, table in ((1, _V2_90), (2, _V1_90)) for D, tiles in table.items()},
 }

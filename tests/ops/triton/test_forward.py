@@ -55,7 +55,7 @@ def test_key_padding_equals_the_equation(kind, causal, D, device):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_tiles_of_the_gpus_equal_the_equation(arch, D, device, monkeypatch):
-    monkeypatch.setitem(tiles.TILES, tiles.INTERPRETER, tiles.TILES[arch])
+    monkeypatch.setitem(tiles.TILES, tiles.SMALL, tiles.TILES[arch])
     assert_equals_the_equation(make_inputs((1, 131, 131, 1, 1, D), "v1", "layer", torch.float32), "triton", device)
 
 

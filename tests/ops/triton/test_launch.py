@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from difftune.ops.triton.launch import Problem, architecture, is_interpreted, rows_in_memory
-from difftune.ops.triton.tiles import INTERPRETER
+from difftune.ops.triton.tiles import SMALL
 from tests.conftest import ROOT
 
 
@@ -47,7 +47,7 @@ def test_only_what_does_not_lie_in_rows_is_copied():
 
 
 def test_architectures_without_kernels_have_no_tiles(monkeypatch):
-    assert not is_interpreted() or architecture("cpu", None) == INTERPRETER
+    assert not is_interpreted() or architecture("cpu", None) == SMALL
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert architecture("cpu", None) == -1
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))

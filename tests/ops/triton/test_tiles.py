@@ -1,8 +1,8 @@
 import pytest
 
-from difftune.ops.triton.tiles import INTERPRETER, TILES
+from difftune.ops.triton.tiles import SMALL, TILES
 
-GPUS = [arch for arch in TILES if arch != INTERPRETER]
+GPUS = [arch for arch in TILES if arch != SMALL]
 
 
 def test_h100_and_a100_are_covered_with_the_head_dims_of_the_models():
@@ -21,6 +21,7 @@ def test_tiles_are_powers_of_two_that_a_matrix_product_takes(arch):
                 "COLUMNS": tile.columns,
                 "STAGES": tile.stages,
                 "num_warps": tile.warps,
+                "num_stages": tile.stages,
             }
 
 
