@@ -4,7 +4,7 @@ import torch
 from difftune.ops import diff_attention
 from difftune.ops.triton import tiles
 from difftune.ops.triton.forward import forward
-from difftune.ops.triton.launch import Problem
+from difftune.ops.triton.launch import Problem, architecture
 from tests.ops.equation import assert_equals_the_equation, make_inputs
 
 pytestmark = pytest.mark.usefixtures("guards")
@@ -55,8 +55,14 @@ def test_key_padding_equals_the_equation(kind, causal, D, device):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_tiles_of_the_gpus_equal_the_equation(arch, D, device, monkeypatch):
-    monkeypatch.setitem(tiles.TILES, tiles.SMALL, tiles.TILES[arch])
-    assert_equals_the_equation(make_inputs((1, 131, 131, 1, 1, D), "v1", "layer", torch.float32), "triton", device)
+    if device == "cuda":
+        if arch != architecture("cuda", 0):
+            pytest.skip(f"not a GPU of compute capability {arch / 10}")
+        inputs = make_inputs((2, 700, 700, 4, 2, D), "v1", "layer", torch.bfloat16, norm=True)
+    else:
+        monkeypatch.setitem(tiles.TILES, tiles.SMALL, tiles.TILES[arch])
+        inputs = make_inputs((1, 131, 131, 1, 1, D), "v1", "layer", torch.float32)
+    assert_equals_the_equation(inputs, "triton", device)
 
 
 def test_a_query_that_sees_no_key_gives_zero_and_an_infinite_sum(device):
