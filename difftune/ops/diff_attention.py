@@ -181,10 +181,13 @@ def choose_backend(backend: str, q: torch.Tensor, outside_triton: Callable[[], s
         return backend
     # Not on the CPU, where Triton's interpreter may be on: it is for tests.
     reason = outside_triton() if q.is_cuda else ""
-    composed = "flash" if flash.supports(q) and flash.is_available() else "sdpa"
-    chosen = "triton" if reason is None else composed
+    chosen = "triton" if reason is None else _best_composed(q)
     _log_choice(chosen, q.device.type, str(q.dtype).removeprefix("torch."), f"; not triton: {reason}" if reason else "")
     return chosen
+
+
+def _best_composed(q: torch.Tensor) -> str:
+    return "flash" if flash.supports(q) and flash.is_available() else "sdpa"
 
 
 def _outside_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, auto: bool) -> str | None:
