@@ -75,7 +75,7 @@ class ModelConfig:
     """Share the embedding matrix with the output layer."""
     initializer_range: float | None = _key(None, above=0)
     """Standard deviation of the weights of a fresh model."""
-    attention_backend: str = _key("auto", choices=("auto", "reference", "sdpa", "flash"))
+    attention_backend: str = _key("auto", choices=("auto", "reference", "sdpa", "flash", "triton"))
     """Implementation of the attention. `auto` picks the fastest that runs here and logs its choice."""
     dtype: str = _key("float32", choices=("float32", "bfloat16", "float16"))
     """Type of the weights in memory. Lambda stays float32; for mixed precision see trainer.precision."""

@@ -73,7 +73,7 @@ class DiffAttentionV1(Attention):
         lambda_init = lambda_init_at(layer_idx) if config.lambda_init is None else config.lambda_init
         self.lambda_full = LambdaV1(self.head_dim, lambda_init, config.lambda_warmup_steps)
         self.subln = (
-            nn.Identity()
+            None
             if config.subln == "none"
             else SubLayerNorm(self.value_head_dim, config.subln_eps, 1 - lambda_init, config.subln == "affine")
         )
@@ -94,9 +94,11 @@ class DiffAttentionV1(Attention):
             self.lambda_full(x),
             key_padding_mask=context.key_padding_mask,
             cu_seqlens=context.documents,
+            norm_weight=None if self.subln is None else self.subln.scaled_weight(x),
+            norm_eps=self.config.subln_eps,
             backend=self.config.attention_backend,
         )
-        return self.o_proj(self.subln(out_BTHE).flatten(2))
+        return self.o_proj(out_BTHE.flatten(2))
 
     def _pair(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         return torch.stack([part.unflatten(-1, (-1, self.head_dim)) for part in (positive, negative)], dim=3)

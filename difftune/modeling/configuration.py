@@ -54,7 +54,8 @@ class DiffTransformerConfig(PreTrainedConfig):
         tie_word_embeddings: Whether the head uses the embedding's weight.
         initializer_range: Standard deviation of weights at the start.
         use_cache: Whether a forward without labels returns the cache by default.
-        attention_backend: ``auto``, ``reference``, ``sdpa`` or ``flash``; see `difftune.ops.diff_attention`.
+        attention_backend: ``auto``, ``reference``, ``sdpa``, ``flash`` or ``triton``; see
+            `difftune.ops.diff_attention`.
 
     Raises:
         ValueError: If head counts do not divide as the kind of attention needs, or a name is unknown.

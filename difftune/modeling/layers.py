@@ -48,6 +48,7 @@ class SubLayerNorm(nn.Module):
     """The norm of each V1 head's output, and the constant that keeps its gradient at the baseline's scale.
 
     ``(1 - lambda_init) * x / sqrt(mean(x^2) + eps) * weight``, with or without the weight (shared by the heads).
+    Holds the parameter; `difftune.ops.diff_attention` applies the norm, so that a kernel can fuse it.
 
     Source: arXiv:2410.05258, Eq. (3).
 
@@ -63,10 +64,12 @@ class SubLayerNorm(nn.Module):
         self.size, self.eps, self.scale = size, eps, scale
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape and dtype as ``x``."""
-        weight = x.new_full((self.size,), self.scale) if self.weight is None else self.scale * self.weight.to(x.dtype)
-        return rms_norm(x, weight, self.eps)
+    def scaled_weight(self, x: torch.Tensor) -> torch.Tensor:
+        """``(1 - lambda_init) * weight``, shape ``(E,)``, on the device of ``x``, in float32 or its dtype if wider."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.weight is None:
+            return torch.full((self.size,), self.scale, dtype=dtype, device=x.device)
+        return self.scale * self.weight.to(dtype)
 
     def extra_repr(self) -> str:
         """Size, epsilon, scale and kind, for ``print(model)``."""

@@ -29,6 +29,12 @@ def check_diff_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lam: to
         raise ValueError(f"lam must have shape (), ({H},) or ({B}, {T}, {H}), got {tuple(lam.shape)}")
 
 
+def check_norm_weight(norm_weight: torch.Tensor | None, v: torch.Tensor) -> None:
+    """Raise ValueError unless the weight of the heads' norm is as wide as the values ``(B, S, G, E)``."""
+    if norm_weight is not None and tuple(norm_weight.shape) != tuple(v.shape[3:]):
+        raise ValueError(f"norm_weight must have shape ({v.shape[3]},), got {tuple(norm_weight.shape)}")
+
+
 def _check_values(S: int, G: int, v: torch.Tensor, B: int, H: int) -> None:
     if v.ndim != 4 or tuple(v.shape[:3]) != (B, S, G):
         raise ValueError(f"v must have shape ({B}, {S}, {G}, E), got {tuple(v.shape)}")

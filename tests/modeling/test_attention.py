@@ -80,10 +80,31 @@ def test_every_backend_gives_the_same_logits(kind):
 
 def test_without_the_sublayer_norm_the_output_is_the_bare_difference():
     attention = build("diff_v1", subln="none").model.layers[0].self_attn
-    assert isinstance(attention.subln, torch.nn.Identity)
+    assert attention.subln is None
 
 
 def test_a_constant_lambda_init_serves_every_layer():
     layers = build("diff_v1", lambda_init=0.5).model.layers
     assert [layer.self_attn.lambda_full.lambda_init for layer in layers] == [0.5, 0.5]
     assert [layer.self_attn.subln.scale for layer in layers] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("kind", "subln"), [("diff_v1", "affine"), ("diff_v1", "plain"), ("diff_v1", "none"), ("diff_v2", "none")]
+)
+def test_the_fused_kernels_give_the_logits_and_gradients_of_the_equation(kind, subln):
+    pytest.importorskip("triton")
+    from difftune.ops.triton.launch import is_interpreted
+
+    if not is_interpreted():
+        pytest.skip("the model is on the CPU, where the kernels run in Triton's interpreter only")
+    model = build(kind, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=32, subln=subln)
+    x, padded = torch.randint(2, 32, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    padded[0, :3] = 0
+    results = []
+    for backend in ("reference", "triton"):
+        model.config.attention_backend = backend
+        logits = model(x, attention_mask=padded).logits
+        results.append([logits, *torch.autograd.grad(logits[padded.bool()].square().mean(), [*model.parameters()])])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)

@@ -3,9 +3,10 @@ import logging
 import pytest
 import torch
 
-from difftune.ops import Documents, diff_attention, softmax_attention
+from difftune.ops import diff_attention, softmax_attention
 from difftune.ops.diff_attention import _log_choice
 from difftune.ops.reference import reference_maps
+from tests.ops.equation import assert_equals_the_equation, make_inputs, sums_of_absolute_terms
 from tests.tolerances import assert_within_budget, outputs_and_gradients
 
 # (B, T, S, H, G, D): T = S, T < S, one token, GQA ratios 1, 2 and all heads in one group, head dims not powers of two.
@@ -18,59 +19,6 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAMBDAS = ["layer", "head", "token"]
-
-
-def make_inputs(shape, kind, lam, dtype):
-    B, T, S, H, G, D = shape
-    pair, E = (2, 2 * D) if kind == "v1" else (1, D)
-    q, k, v = torch.randn(B, T, H, 2, D), torch.randn(B, S, G, pair, D), torch.randn(B, S, G, E)
-    lam_shape = {"layer": (), "head": (H,), "token": (B, T, H)}[lam]
-    return [x.to(dtype) for x in (q, k, v)] + [torch.rand(lam_shape).to(dtype)]
-
-
-def sums_of_absolute_terms(maps, q, k, v, weights, cotangent):
-    """Scales of the gradients whose terms cancel, for heads ``q (B, T, H, D)``: dq, dk, and of the map's weight.
-
-    ``dS = P * (dP - sum(P * dP))``: a row that sees one key has dS = 0 as a difference of two equal numbers.
-    """
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    dP = torch.einsum("bthe,bshe->bhts", cotangent, v).abs()
-    terms = weights * maps * (dP + (maps * dP).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    dq = torch.einsum("bhts,bshd->bthd", terms, k.abs())
-    dk = torch.einsum("bhts,bthd->bshd", terms, q.abs()).unflatten(2, (-1, groups)).sum(3)
-    return {"dq": dq.max().item(), "dk": dk.max().item(), "dlam": (maps * dP).sum().item()}
-
-
-def assert_equals_the_equation(inputs, backend, **masks):
-    """Output and every gradient of a backend against the equation in float64, under a random cotangent."""
-
-    def run(tensors, name):
-        return outputs_and_gradients(
-            lambda q, k, v, lam: diff_attention(q, k, v, lam, backend=name, **masks), tensors, cotangent
-        )
-
-    exact = [x.double() for x in inputs]
-    q, k, v, lam = exact
-    cotangent = torch.randn(*q.shape[:3], v.shape[-1])
-    truth, plain, actual = run(exact, "reference"), run(inputs, "reference"), run(inputs, backend)
-
-    documents = {"documents": Documents(masks["cu_seqlens"])} if "cu_seqlens" in masks else {}
-    others = {name: mask for name, mask in masks.items() if name != "cu_seqlens"}
-    maps = reference_maps(q, k, **others, **documents)
-    of_pair = [
-        sums_of_absolute_terms(maps[p], q[..., p, :], k[..., p % k.shape[3], :], v, weight, cotangent.double())
-        for p, weight in ((0, 1.0), (1, lam.max()))
-    ]
-    scales = {name: max(of_map[name] for of_map in of_pair) for name in ("dq", "dk")}
-    scales["dlam"] = of_pair[1]["dlam"]
-    groups = q.shape[2] // v.shape[2]
-    both = maps[0] + lam.max() * maps[1]
-    scales["out"] = torch.einsum("bhts,bshe->bthe", both, v.abs().repeat_interleave(groups, 2)).max().item()
-    dv = torch.einsum("bhts,bthe->bshe", both, cotangent.double().abs()).unflatten(2, (-1, groups)).sum(3)
-    scales["dv"] = dv.max().item()
-    for name, a, p, t in zip(["out", "dq", "dk", "dv", "dlam"], actual, plain, truth, strict=True):
-        assert_within_budget(name, a, p, t, scales.get(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,6 +44,18 @@ def test_key_padding_equals_the_equation(kind, side, queries):
     inputs = make_inputs((3, queries, 20, 4, 2, 16), kind, "head", torch.float32)
     mask = torch.arange(20) < torch.tensor([20, 13, 1])[:, None]
     assert_equals_the_equation(inputs, "sdpa", key_padding_mask=mask.flip(1) if side == "left" else mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["sdpa"])
+def test_the_sublayer_norm_equals_the_equation(backend, dtype):
+    assert_equals_the_equation(make_inputs((1, 63, 63, 4, 2, 32), "v1", "layer", dtype, norm=True), backend)
+
+
+def test_a_norm_weight_of_another_width_is_refused():
+    q, k, v, lam, weight = make_inputs((1, 3, 3, 2, 1, 8), "v1", "layer", torch.float32, norm=True)
+    with pytest.raises(ValueError, match=r"norm_weight must have shape \(16,\), got \(15,\)"):
+        diff_attention(q, k, v, lam, norm_weight=weight[:15])
 
 
 def test_a_planted_error_of_one_percent_is_caught():
