@@ -15,6 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Triton's interpreter runs the kernels where there is no GPU; it is chosen when Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Bitwise comparisons need the same split of the sums, whatever the machine.
 torch.set_num_threads(1)
 
