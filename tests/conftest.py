@@ -13,11 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# Triton's interpreter runs the kernels where there is no GPU; it is chosen when Triton is first imported.
 if not torch.cuda.is_available():
+    # Before anything imports triton, which reads it once: without a GPU its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Bitwise comparisons need the same split of the sums, whatever the machine.
 torch.set_num_threads(1)
