@@ -12,8 +12,7 @@ import torch
 
 from difftune.ops.documents import Documents
 from difftune.ops.shapes import check_diff_shapes
-from difftune.ops.triton.launch import architecture
-from difftune.ops.triton.tiles import INTERPRETER
+from difftune.ops.triton.launch import architecture, is_interpreted
 
 # Tokens of a row: with more, the forward kernel fills its tiles.
 MAX_QUERIES = 8
@@ -133,8 +132,7 @@ def is_decoding(
 
 def is_served(q: torch.Tensor) -> bool:
     """Whether the kernel runs where ``q`` lies."""
-    arch = architecture(q.device.type, q.device.index)
-    return arch == INTERPRETER or arch >= 80
+    return is_interpreted() or architecture(q.device.type, q.device.index) >= 80
 
 
 def _check(

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from difftune.ops.triton.launch import architecture, is_interpreted, rows_in_memory
 from difftune.ops.triton.primitives import dot, narrow
-from difftune.ops.triton.tiles import INTERPRETER
 
 # At D = 128 what a split leaves behind is then below 1 % of the keys and values that it reads, a query head.
 MIN_SPLIT = 256
@@ -219,7 +218,8 @@ def tile_of(head_dim: int, rows: int, halves: int, itemsize: int, arch: int, pag
     A tile of keys and values has about 32 KiB, and ``stages - 1`` of them are held: two programs find room in the 163
     KiB (sm_80) or 227 KiB (sm_90) of shared memory of a multiprocessor. None of these tiles spills a register.
     """
-    if arch == INTERPRETER:
+    # Below all compute capabilities that are served stands Triton's interpreter: short inputs should have several tiles.
+    if arch < 80:
         return DecodeTile(16, 32, 4, 1)
     tall = rows > 16
     # V1 has two keys and two halves of values, V2 one of each.
