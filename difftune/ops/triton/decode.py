@@ -218,7 +218,7 @@ def tile_of(head_dim: int, rows: int, halves: int, itemsize: int, arch: int, pag
     A tile of keys and values has about 32 KiB, and ``stages - 1`` of them are held: two programs find room in the 163
     KiB (sm_80) or 227 KiB (sm_90) of shared memory of a multiprocessor. None of these tiles spills a register.
     """
-    # Below all compute capabilities that are served stands Triton's interpreter: short inputs should have several tiles.
+    # Triton's interpreter stands below all compute capabilities: short inputs should have several tiles.
     if arch < 80:
         return DecodeTile(16, 32, 4, 1)
     tall = rows > 16
