@@ -57,6 +57,33 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return seconds
 
 
+def cuda_interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, round_s: float = 0.05
+) -> dict[str, list[float]]:
+    """As :func:`interleaved`, by CUDA's events: each call as often in a row as fills ``round_s``."""
+    import torch
+
+    def timed(call: Callable[[], Any], times: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / times
+
+    # Compiled and tuned first, then timed once for the number of repetitions.
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, min(200, int(round_s / max(timed(call, 1), 1e-5))))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(timed(call, repeats[name]))
+    return seconds
+
+
 def ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
     """Baseline over ours within each round: above 1 where ours is faster (or smaller)."""
     return [b / o for b, o in zip(baseline, ours, strict=True)]
@@ -141,6 +168,33 @@ def _status_gib(field: str) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def git_commit() -> str:
+    """Commit of the checkout, with "+" where files differ from it; "unknown" outside one."""
+    command = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run([*command, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.strip() else "")
+
+
+def environment(*packages: str) -> dict[str, str]:
+    """Device, versions and commit, for a file of results."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    found = {"device": torch.cuda.get_device_name() if cuda else _cpu_name(), "python": platform.python_version()}
+    if cuda:
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    for package in ("torch", "triton", *packages):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found | {"commit": git_commit()}
 
 
 def _cpu_name() -> str:

@@ -19,6 +19,7 @@ _HOME = {
     "DiffTransformerForCausalLM": "difftune.modeling",
     "load_model": "difftune.checkpoints.load",
     "export_model": "difftune.checkpoints.export",
+    "patch_diffllama": "difftune.checkpoints.patch_diffllama",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -16,6 +16,7 @@ from difftune.modeling import attention as attention_module
 from difftune.modeling.attention import Attention
 from difftune.ops import Documents
 from difftune.ops.reference import ChangeLogits, reference_diff_attention, reference_logits, reference_softmax_attention
+from difftune.ops.rms_norm import rms_norm
 from difftune.ops.shapes import visible
 
 _OPERATORS = ("diff_attention", "softmax_attention")
@@ -40,6 +41,10 @@ class AttentionCall:
     """Bool ``(B, S)``, True where a key is real."""
     documents: Documents | None
     """Packed documents."""
+    norm_weight: torch.Tensor | None = None
+    """Weight of the sublayer norm ``(E,)``; None without one."""
+    norm_eps: float = 0.0
+    """Epsilon of that norm."""
 
     @property
     def maps(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -68,7 +73,10 @@ class AttentionCall:
         }
         if self.lam is None:
             return reference_softmax_attention(self.q, self.k, self.v, **options)
-        return reference_diff_attention(self.q, self.k, self.v, self.lam, **options)
+        out = reference_diff_attention(self.q, self.k, self.v, self.lam, **options)
+        if self.norm_weight is None:
+            return out
+        return rms_norm(out, self.norm_weight.to(out.dtype), self.norm_eps)
 
 
 Observer = Callable[[AttentionCall], torch.Tensor | None]
@@ -113,6 +121,8 @@ def attention_calls(model: nn.Module, observer: Observer) -> Iterator[None]:
                 lam=args[0] if args else None,
                 key_padding_mask=options.get("key_padding_mask"),
                 documents=Documents(documents) if isinstance(documents, torch.Tensor) else documents,
+                norm_weight=options.get("norm_weight"),
+                norm_eps=options.get("norm_eps", 0.0),
             )
             replaced = observer(call)
             return originals[name](q, k, v, *args, **options) if replaced is None else replaced

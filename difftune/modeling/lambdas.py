@@ -28,6 +28,22 @@ def lambda_init_at(layer_idx: int) -> float:
     return 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
 
 
+def lambda_v1(
+    q1: torch.Tensor, k1: torch.Tensor, q2: torch.Tensor, k2: torch.Tensor, lambda_init: float
+) -> torch.Tensor:
+    """``exp(q1 . k1) - exp(q2 . k2) + lambda_init`` of four vectors ``(D,)``: a scalar, float32 (or float64).
+
+    Source: arXiv:2410.05258, Eq. (2).
+
+    Example:
+        >>> lambda_v1(*torch.zeros(4, 8), lambda_init=0.5).item()
+        0.5
+    """
+    dtype = torch.promote_types(q1.dtype, torch.float32)
+    q1, k1, q2, k2 = (vector.to(dtype) for vector in (q1, k1, q2, k2))
+    return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + lambda_init
+
+
 def warmup_factor(step: torch.Tensor, steps: int) -> torch.Tensor:
     """``min(1, (step + 1) / (steps + 1))``, by which lambda is multiplied after ``step`` of ``steps`` optimiser steps.
 
@@ -79,12 +95,10 @@ class LambdaV1(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """Lambda, shape ``()``, float32 (float64 for a float64 module); ``hidden_states`` plays no part in V1."""
-        dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
-        q1, k1, q2, k2 = (p.to(dtype) for p in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
-        whole = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+        whole = lambda_v1(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
         if not self.warmup_steps:
             return whole
-        return whole * warmup_factor(self.get_buffer(WARMUP_STEP).to(dtype), self.warmup_steps)
+        return whole * warmup_factor(self.get_buffer(WARMUP_STEP).to(whole.dtype), self.warmup_steps)
 
     def extra_repr(self) -> str:
         """The constant part, for ``print(model)``."""

@@ -192,8 +192,12 @@ def _best_composed(q: torch.Tensor) -> str:
 
 def _outside_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, auto: bool) -> str | None:
     # Imported here, so that the package neither needs Triton nor waits for it.
-    from difftune.ops.triton import coverage
-
+    try:
+        from difftune.ops.triton import coverage
+    except ImportError as error:  # the copy of this file that travels with a model has no kernels
+        if auto:
+            return str(error)
+        raise
     if not coverage.INSTALLED:
         if auto:
             return "Triton is not installed"

@@ -55,8 +55,7 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    left, right = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=right).addcmul_(first, sin, value=direction)
-    return out
+    # Not into the halves of one tensor through out=: torch.compile gives wrong numbers for that (torch 2.13).
+    left = torch.addcmul(first * cos, second, sin, value=-direction)
+    right = torch.addcmul(second * cos, first, sin, value=direction)
+    return torch.cat((left, right), dim=-1)

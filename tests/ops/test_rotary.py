@@ -42,3 +42,14 @@ def test_angles_of_another_shape_are_refused():
     cos, sin = angles(1, 4, 8)
     with pytest.raises(ValueError, match=r"cos and sin must have shape \(2 or 1, 5, 8\), got \(1, 4, 8\), \(1, 4, 8\)"):
         rotate(torch.randn(2, 5, 3, 8), cos, sin)
+
+
+def test_two_rotations_in_one_compiled_graph_equal_the_uncompiled():
+    cos, sin = angles(1, 9, 8)
+    q, k = torch.randn(2, 2, 9, 2, 4, 8).unbind()
+
+    def scores(q, k):
+        return torch.einsum("btphd,bsphd->bhpts", rotate(q, cos, sin), rotate(k, cos, sin))
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(scores, backend="aot_eager", fullgraph=True)(q, k), scores(q, k))

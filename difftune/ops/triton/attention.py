@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from difftune.ops.documents import Documents
+from difftune.ops.triton.cached_attention import diff_attention_decode, is_decoding
 from difftune.ops.triton.coverage import compute_dtype
 from difftune.ops.triton.launch import Problem
 
@@ -134,6 +135,18 @@ def triton_diff_attention(
     The caller has asked `difftune.ops.triton.coverage.why_not`.
     """
     q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
+    if is_decoding(q, k, v, lam, norm_weight, documents):
+        return diff_attention_decode(
+            q,
+            k,
+            v,
+            lam,
+            causal=causal,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+        )
     cu_seqlens, max_length = (None, 0) if documents is None else (documents.cu_seqlens, documents.max_length)
     out, *_ = torch.ops.difftune.diff_attention_forward(
         q, k, v, lam, norm_weight, cu_seqlens, key_padding_mask, max_length, causal, scale, norm_eps
