@@ -23,10 +23,11 @@ CONFIG = {"config", "config_tree", "config_build", "config_checks", "config_text
 ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difftune
     "ops": set(),
     "environment": set(),
+    "losses": {"ops"},
     "modeling": {"ops"},
     "checkpoints": {"modeling", "ops"},
     "data": set(),
-    "training": {"modeling", "ops"},
+    "training": {"losses", "modeling", "ops"},
     "evaluation": {"modeling", "ops"},
     "report": set(),
     **{name: CONFIG for name in CONFIG},
