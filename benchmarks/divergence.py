@@ -2,9 +2,9 @@
 
 python -m benchmarks.divergence [--threads 2] [--tokens 8192] [--vocab-size 100288] [--hidden-size 256]
 
-The plain one is ``F.kl_div(log_softmax(student), log_softmax(teacher), log_target=True)`` on the whole logits. Each runs
-in a process of its own; counted is what the step needs beyond hidden states and heads. The plain one needs about 6 times
-the logits of all tokens: 18 GiB by default.
+The plain one is ``F.kl_div(log_softmax(student), log_softmax(teacher), log_target=True)`` on the whole logits. Each
+runs in a process of its own; counted is what the step needs beyond hidden states and heads. The plain one needs about
+6 times the logits of all tokens: 18 GiB by default.
 """
 
 import argparse

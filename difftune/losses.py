@@ -1,7 +1,7 @@
 """Divergences between the next-token distributions of a teacher and a student, without the logits of all tokens.
 
-The student is given as hidden states and head. The teacher is either the same (:class:`TeacherStates`) or what was stored
-of it (:class:`TopK`). Tokens are taken a chunk at a time, over the whole vocabulary, as in
+The student is given as hidden states and head. The teacher is either the same (:class:`TeacherStates`) or what was
+stored of it (:class:`TopK`). Tokens are taken a chunk at a time, over the whole vocabulary, as in
 :mod:`difftune.ops.linear_cross_entropy`: both logits, the divergence, and at once the gradients with respect to the
 student's hidden states and head. No gradient reaches the teacher.
 
@@ -34,8 +34,8 @@ class TopK(NamedTuple):
     """What was stored of a teacher: its ``k`` most likely tokens, and all others as one bucket.
 
     Rows belong to the label tokens alone, in their order, ``N`` in all. The divergence is that between the two
-    distributions over ``k + 1`` buckets: the tokens one by one, and the sum of the rest. It is a lower bound of the full
-    one, equal to it for ``k = V``, and does not say how the student should divide the tail.
+    distributions over ``k + 1`` buckets: the tokens one by one, and the sum of the rest. It is a lower bound of the
+    full one, equal to it for ``k = V``, and does not say how the student should divide the tail.
     """
 
     indices: torch.Tensor
