@@ -1,4 +1,4 @@
-"""The command line: `difftune fit|evaluate|generate|export|convert`. Imports no torch until a command runs.
+"""The command line: `difftune fit|prepare|evaluate|generate|export|convert`. Imports no torch until a command runs.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
@@ -149,8 +149,8 @@ def _run(found: Invocation) -> int:
     if command == "convert":
         return _convert(found)
     config_file = _single(found, "config")
-    if command == "fit" and config_file is None and not found.overrides:
-        raise UsageError("fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
+    if command in ("fit", "prepare") and config_file is None and not found.overrides:
+        raise UsageError(f"{command} needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
         if name not in found.values and "print-config" not in found.flags:
             raise UsageError(f"{command} needs --{name}; see difftune {command} --help")
@@ -169,7 +169,17 @@ def _run(found: Invocation) -> int:
     out = _single(found, "out")
     if command == "fit":
         return run.fit(config, dry_run="dry-run" in found.flags) or 0
-    if command == "evaluate":
+    if command == "prepare":
+        workers = _single(found, "workers")
+        if workers is not None and not (workers.isdigit() and int(workers) > 0):
+            raise UsageError(f"--workers must be a number from 1 on, got {workers!r}")
+        run.prepare(
+            config,
+            workers=int(workers) if workers else os.cpu_count() or 1,
+            teacher="teacher" in found.flags,
+            check="check" in found.flags,
+        )
+    elif command == "evaluate":
         run.evaluate(config, out=Path(out) if out else None)
     elif command == "generate":
         run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])

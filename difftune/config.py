@@ -131,6 +131,8 @@ class DataConfig:
     """Folder of tokenised data, keyed by content. null: `cache/` in the run folder."""
     streaming: bool = False
     """Read rows as they are needed, for sets that do not fit in memory."""
+    check: bool = True
+    """Look at the first rows before training, and refuse what would be learned wrongly; see `difftune prepare`."""
 
 
 @dataclass
@@ -157,6 +159,30 @@ class OptimConfig:
     """Weight of the squared log-partition penalty; 0: none."""
     max_nonfinite_steps: int = _key(5, low=1)
     """Optimiser steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+@dataclass
+class DistillConfig:
+    """Learning from a teacher's distribution beside the labels."""
+
+    teacher: str | None = None
+    """Folder or hub id of the teacher: any model that transformers loads with a linear head, or one of ours, with the
+    student's tokenizer. null: no distillation."""
+    weight: float = _key(0.5, above=0, high=1)
+    """Weight of the divergence; the cross entropy has the rest of 1."""
+    divergence: str = _key("forward_kl", choices=("forward_kl", "reverse_kl", "generalized_jsd"))
+    """What is made small: `forward_kl` is KL(teacher, student), `reverse_kl` KL(student, teacher)."""
+    temperature: float = _key(1.0, above=0)
+    """Divides the logits of both; the divergence is multiplied by its square."""
+    beta: float = _key(0.5, above=0)
+    """Weight of the teacher in the mixture of `generalized_jsd`, below 1."""
+    top_k: int | None = _key(None, low=1)
+    """Train on the teacher's so many most likely tokens, as `difftune prepare --teacher` stored them, without the
+    teacher; all others are one bucket. null: the teacher runs in the process."""
+    stored_dtype: str = _key("float16", choices=("float16", "float32"))
+    """Of stored log-probabilities."""
+    teacher_dtype: str | None = _key(None, choices=("float32", "bfloat16", "float16"))
+    """Of the teacher's weights in memory. null: as stored."""
 
 
 @dataclass
@@ -292,6 +318,8 @@ class StageConfig:
     """From text to batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The teacher, if any."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Lightning's Trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -318,6 +346,8 @@ class Config:
     """From text to batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The teacher, if any."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Lightning's Trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -330,7 +360,7 @@ class Config:
     """What is exported at the end. null: nothing."""
     stages: list[StageConfig] = _key([])
     """Stages in order, each starting from the model that the last one left, each with its own name and whatever differs
-    from the top level in seed, data, optim, trainer, checkpoint and evaluation. Empty: one stage named `main`."""
+    from the top level in seed, data, optim, distill, trainer, checkpoint and evaluation. Empty: one, named `main`."""
 
     def resolved_stages(self) -> list[StageConfig]:
         """The stages to run: those of the recipe, or the top level as one stage named `main`."""

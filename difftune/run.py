@@ -35,6 +35,7 @@ from difftune.config_text import to_yaml
 from difftune.dry_run import dry_run_stage, report_size
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
+from difftune.prepare import check_quickly, prepare_stages
 from difftune.report.summary import accuracy_table
 from difftune.run_folder import RunFolder, write_json, write_json_lines
 from difftune.training.checkpoint_io import step_of
@@ -91,6 +92,22 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
     if _is_first_rank():
         _finish(config, folder, stages[-1].name, tokenizer)
     return 0
+
+
+def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None:
+    """Tokenise the training data of every stage into its cache, and what was asked for besides.
+
+    Args:
+        config: What will be trained.
+        workers: Processes that tokenise.
+        teacher: Store the top k of each stage's teacher beside the tokens.
+        check: Look at every row, forecast the run, and write `data_check.json` and its picture to the run folder.
+
+    Raises:
+        ValueError: If the data cannot be read, or a check finds them unfit; if `teacher` and no stage stores one.
+    """
+    _set_up_logging()
+    prepare_stages(config, build_tokenizer(config), console, workers=workers, teacher=teacher, check=check)
 
 
 def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -227,6 +244,8 @@ def _train(
 ) -> None:
     """One stage, from its beginning or from where it was interrupted."""
     seed_everything(stage.seed, verbose=False)
+    if stage.data.check:
+        check_quickly(stage)
     data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
     _say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
     resume_from = folder.resume_point(stage.name, config.resume)
@@ -243,7 +262,7 @@ def _train(
         resume_step=None if resume_from is None else step_of(resume_from),
         console=console,
     )
-    module = build_module(stage, model, data, trainer.world_size)
+    module = build_module(stage, model, data, tokenizer, trainer.world_size)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:
         folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))
@@ -308,8 +327,10 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         too_large = report_size(console, architecture, getattr(torch, config.model.dtype))
     model = build_model(config.model, tokenizer, config.seed, device="meta" if too_large else "cpu")
     for stage in config.resolved_stages():
-        data = build_data(stage, tokenizer, cache_dir=None)
-        dry_run_stage(console, stage.name, data, build_module(stage, model, data), build_tasks(stage.evaluation))
+        stored = stage.distill.top_k is not None
+        data = build_data(stage, tokenizer, cache_dir=Path(config.run_dir) / "cache" if stored else None)
+        module = build_module(stage, model, data, tokenizer)
+        dry_run_stage(console, stage.name, data, module, build_tasks(stage.evaluation))
 
 
 def _load_for_inference(

@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "dry_run": {"environment", "data", "evaluation", "modeling", "training"},
     "run_folder": {"environment", "training"},
     "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
+    "prepare": {*CONFIG, "build", "data", "dry_run", "report", "run_folder"},
     "run": {
         *CONFIG,
         "build",
@@ -42,6 +43,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "dry_run",
         "evaluation",
         "modeling",
+        "prepare",
         "report",
         "run_folder",
         "training",

@@ -93,7 +93,9 @@ def open_entry(entry: Path, source: str) -> TokenizedSet | None:
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
         counts = Counts(meta["rows_read"], Counter(meta["dropped"]), meta["unknown_tokens"])
-        arrays = {name: map_array(entry / f"{name}.bin", dtype, meta["sizes"][name]) for name, dtype in ARRAYS.items()}
+        arrays: dict[str, Any] = {
+            name: map_array(entry / f"{name}.bin", dtype, meta["sizes"][name]) for name, dtype in ARRAYS.items()
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the cache entry %s is damaged (%s) and is built again", entry, error)
         return None
@@ -274,7 +276,8 @@ def _work(piece: Piece) -> TokenizedSet:
 def _join(pieces: list[TokenizedSet], source: Source) -> TokenizedSet:
     if not pieces:
         raise ValueError(f"{source.path} has no row")
-    joined = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in ARRAYS if name != "offsets"}
+    names = [name for name in ARRAYS if name != "offsets"]
+    joined: dict[str, Any] = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names}
     offsets = np.cumsum(np.concatenate([[0], *(piece.lengths for piece in pieces)]), dtype=np.int64)
     counts = sum((piece.counts for piece in pieces), Counts())
     return TokenizedSet(source=source.path, offsets=offsets, counts=counts, **joined)

@@ -88,7 +88,7 @@ class TokenizedSet:
     def document(self, index: int) -> Encoded:
         """One document, as views."""
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Encoded(self.ids[part], self.learned[part], self.teacher and self.teacher.rows(index))
+        return Encoded(self.ids[part], self.learned[part], None if self.teacher is None else self.teacher.rows(index))
 
 
 def question_key(text: str) -> int:

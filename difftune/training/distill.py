@@ -58,7 +58,7 @@ class DistillModule(FinetuneModule):
         super().on_train_start()
         if self.teacher is not None:
             self.teacher.to(self.device)
-        self._parts = torch.zeros(2, dtype=self._dtype, device=self.device)
+        self._parts = torch.zeros_like(self._window)
 
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Both parts of the loss, weighted and summed over the label tokens, and how many these are."""

@@ -42,7 +42,7 @@ class OnlineTeacher:
 
     def to(self, device: torch.device) -> None:
         """Move the model there."""
-        self.model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
+        self.model.to(device)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> TeacherStates:
