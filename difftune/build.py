@@ -180,6 +180,8 @@ def build_module(
         weight=distill.weight,
         temperature=distill.temperature,
         beta=distill.beta,
+        align_weight=distill.align_weight,
+        align_steps=distill.align_steps,
         **options,
     )
 

@@ -179,6 +179,11 @@ class DistillConfig:
     top_k: int | None = _key(None, low=1)
     """Train on the teacher's so many most likely tokens, as `difftune prepare --teacher` stored them, without the
     teacher; all others are one bucket. null: the teacher runs in the process."""
+    align_weight: float = _key(0.0, low=0)
+    """Weight of the match of every attention's output to the teacher's at the first step, for a student that was
+    converted from its teacher; it falls to 0 over align_steps."""
+    align_steps: int = _key(0, low=0)
+    """Optimiser steps of that warm-up."""
     stored_dtype: str = _key("float16", choices=("float16", "float32"))
     """Of stored log-probabilities."""
     teacher_dtype: str | None = _key(None, choices=("float32", "bfloat16", "float16"))

@@ -112,6 +112,10 @@ def _distill_problems(stage: StageConfig) -> list[str]:
         problems.append("distill.teacher: the other keys of distill do nothing without one; name it, or leave them out")
     if distill.divergence == "generalized_jsd" and distill.beta >= 1:
         problems.append(f"distill.beta: must be below 1, got {distill.beta:g}; the limit is reverse_kl")
+    if bool(distill.align_weight) != bool(distill.align_steps):
+        problems.append("distill.align_weight: works for align_steps steps; set both, or neither")
+    if distill.align_weight and distill.top_k is not None:
+        problems.append("distill.align_weight: needs the teacher in the process; leave out top_k")
     if distill.top_k is not None and stage.data.streaming:
         problems.append(
             "distill.top_k: a stored teacher belongs to a tokenised set, and data.streaming reads rows as they come; "

@@ -1,5 +1,6 @@
 """Distillation: the loss of fine-tuning, with the teacher's distribution beside the labels."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from difftune.losses import TopK, linear_divergence
 from difftune.modeling.modeling import shift_labels
+from difftune.training.alignment import alignment_loss, attention_outputs
 from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher
 
@@ -30,6 +32,9 @@ class DistillModule(FinetuneModule):
         weight: Of the divergence, above 0 and at most 1; at 1 the cross entropy is not computed.
         temperature: Divides the logits of both.
         beta: Of ``generalized_jsd``.
+        align_weight: Of the match of attention outputs (:func:`~difftune.training.alignment.alignment_loss`) at the
+            first step; it falls linearly to 0 over ``align_steps``. For a student that was converted from the teacher.
+        align_steps: Optimiser steps of that warm-up.
         options: Those of :class:`~difftune.training.finetune.FinetuneModule`.
 
     Raises:
@@ -45,12 +50,17 @@ class DistillModule(FinetuneModule):
         weight: float = 0.5,
         temperature: float = 1.0,
         beta: float = 0.5,
+        align_weight: float = 0.0,
+        align_steps: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
         if not 0 < weight <= 1:
             raise ValueError(f"weight of the divergence must be above 0 and at most 1, got {weight}")
+        if align_weight and teacher is None:
+            raise ValueError("attention outputs can be matched to a teacher that runs: set distill.top_k=null")
         self.teacher = teacher
+        self.align_weight, self.align_steps = align_weight, align_steps
         self.divergence, self.weight, self.temperature, self.beta = divergence, weight, temperature, beta
 
     def on_train_start(self) -> None:
@@ -66,11 +76,16 @@ class DistillModule(FinetuneModule):
         batch = {name: tensor for name, tensor in batch.items() if name not in STORED}
         if self.teacher is None and len(stored) < len(STORED):
             raise ValueError("no teacher runs, and the batch brings nothing stored of one: run difftune prepare")
-        targets = TopK(*stored) if self.teacher is None else self.teacher(batch)
         labels = batch["labels"]
-        if self.weight == 1:
-            batch["labels"] = torch.full_like(labels, -100)
-        output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
+        align_weight = self._align_weight()
+        with ExitStack() as stack:
+            if align_weight and self.teacher is not None:
+                theirs = stack.enter_context(attention_outputs(self.teacher.model))
+                mine = stack.enter_context(attention_outputs(self.model))
+            targets = TopK(*stored) if self.teacher is None else self.teacher(batch)
+            if self.weight == 1:
+                batch["labels"] = torch.full_like(labels, -100)
+            output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
         divergence, count = linear_divergence(
             output.last_hidden_state,
             self.model.get_output_embeddings().weight,  # type: ignore[operator]  # of a transformers model
@@ -81,7 +96,16 @@ class DistillModule(FinetuneModule):
             beta=self.beta,
         )
         self._parts += torch.stack((divergence.detach().to(self._dtype), output.loss_sum.detach().to(self._dtype)))
-        return self.weight * divergence + (1 - self.weight) * output.loss_sum, count
+        loss = self.weight * divergence + (1 - self.weight) * output.loss_sum
+        if align_weight:
+            loss = loss + align_weight * alignment_loss(mine, theirs, shift_labels(labels) != -100)
+        return loss, count
+
+    def _align_weight(self) -> float:
+        """Weight of the match of attention outputs at this step."""
+        if not self.align_weight:
+            return 0.0
+        return self.align_weight * max(0.0, 1 - self.trainer.global_step / max(1, self.align_steps))
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Take the means of both parts over the optimiser step, before its window is closed."""

@@ -97,3 +97,22 @@ def test_a_weight_out_of_range_is_refused(weight):
 
 def test_the_tokenizer_of_the_tests_fits_the_models():
     assert len(TOKENIZER) == VOCABULARY == build_student().config.vocab_size
+
+
+def test_attention_outputs_are_matched_at_first_and_no_more_after_the_warm_up():
+    """The match adds to the loss as long as its weight lasts; the first loss is larger by exactly its share."""
+    plain, aligned = ([], [])
+    for losses, options in ((plain, {}), (aligned, {"align_weight": 0.5, "align_steps": 2})):
+        module = build_module(build_student(hidden_size=40, head_dim=8), weight=1.0, **options)
+        module.log_metrics = lambda metrics, step, losses=losses: losses.append(metrics["train/loss"])
+        fit(module, build_arithmetic(), steps=4)
+        assert [module._align_weight() > 0] == [False]
+    assert aligned[0] > plain[0] + 0.1
+    parts = build_module(build_student(hidden_size=40, head_dim=8), weight=1.0, align_weight=0.5, align_steps=2)
+    fit(parts, build_arithmetic(), steps=4)
+    assert parts.logged["train/loss"] == pytest.approx(parts.logged["train/divergence"], rel=1e-6)
+
+
+def test_a_match_needs_a_teacher_that_runs():
+    with pytest.raises(ValueError, match=r"set distill\.top_k=null"):
+        DistillModule(build_student(), teacher=None, align_weight=1.0, align_steps=5, **SETTINGS)
