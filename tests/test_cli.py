@@ -135,8 +135,8 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
     ("arguments", "message"),
     [
         (["fti"], "unknown command 'fti'; did you mean fit?"),
-        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, convert"),
-        (["--model", "m"], "which command? one of fit, evaluate, generate, export, convert"),
+        (["xyzzy"], "unknown command 'xyzzy'; one of fit, prepare, evaluate, generate, export, convert"),
+        (["--model", "m"], "which command? one of fit, prepare, evaluate, generate, export, convert"),
         (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
         (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
         (["fit", "--config"], "--config needs a value: --config FILE"),
@@ -342,4 +342,22 @@ def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monke
     ],
 )
 def test_a_wrong_convert_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert refuse(capsys, *arguments) == message
+
+
+ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare"], "prepare needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
+        (
+            ["prepare", "--config", str(ROOT / "recipes" / "quickstart.yaml"), "--workers", "0"],
+            "--workers must be a number from 1 on, got '0'",
+        ),
+        (["fit", "--teacher"], "--teacher is not an option of fit, but of prepare"),
+    ],
+)
+def test_a_wrong_prepare_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert refuse(capsys, *arguments) == message

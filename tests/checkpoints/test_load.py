@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from difftune.checkpoints.load import load_model
+from difftune.checkpoints.load import load_model, load_teacher
 from difftune.modeling import DiffTransformerForCausalLM
 
 MakeModel = Callable[..., DiffTransformerForCausalLM]
@@ -118,3 +118,16 @@ def test_damaged_training_checkpoint_is_refused(
     (path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not what its manifest\.json says"):
         load_model(path)
+
+
+def test_a_teacher_is_ours_or_any_that_transformers_loads(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "ours")
+    assert isinstance(load_teacher(str(tmp_path / "ours"), torch.bfloat16), DiffTransformerForCausalLM)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).bfloat16().save_pretrained(tmp_path / "llama")
+    assert isinstance(as_stored := load_teacher(str(tmp_path / "llama")), LlamaForCausalLM)
+    assert as_stored.dtype == torch.bfloat16
+    assert load_teacher(str(tmp_path / "llama"), torch.float32).dtype == torch.float32
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty could not be loaded by transformers: "):
+        load_teacher(str(tmp_path / "empty"))
