@@ -4,8 +4,7 @@ A recipe is a sparse YAML file of these keys. :func:`load_config` merges default
 `base:`) and the command line, in that order, and returns plain dataclasses, checked. Only `run.py` and `cli.py` read
 them; the rooms below take keyword arguments.
 
-The string beneath a field is its documentation: `docs/reference/config.md` and `difftune fit --list-keys` are made of
-them. `_key(...)` adds what can be checked without looking at another key.
+The string beneath a field is its documentation, there and in `fit --list-keys`; `_key(...)` adds checks.
 """
 
 import dataclasses
@@ -132,7 +131,7 @@ class DataConfig:
     streaming: bool = False
     """Read rows as they are needed, for sets that do not fit in memory."""
     check: bool = True
-    """Look at the first rows before training, and refuse what would be learned wrongly; see `difftune prepare`."""
+    """Look at the first rows before training, and refuse what would be learned wrongly."""
 
 
 @dataclass
@@ -166,24 +165,21 @@ class DistillConfig:
     """Learning from a teacher's distribution beside the labels."""
 
     teacher: str | None = None
-    """Folder or hub id of the teacher: any model that transformers loads with a linear head, or one of ours, with the
-    student's tokenizer. null: no distillation."""
+    """Folder or hub id of a model with the student's tokenizer, ours or transformers'. null: no distillation."""
     weight: float = _key(0.5, above=0, high=1)
     """Weight of the divergence; the cross entropy has the rest of 1."""
     divergence: str = _key("forward_kl", choices=("forward_kl", "reverse_kl", "generalized_jsd"))
-    """What is made small: `forward_kl` is KL(teacher, student), `reverse_kl` KL(student, teacher)."""
+    """`forward_kl` is KL(teacher, student), `reverse_kl` KL(student, teacher)."""
     temperature: float = _key(1.0, above=0)
     """Divides the logits of both; the divergence is multiplied by its square."""
     beta: float = _key(0.5, above=0)
     """Weight of the teacher in the mixture of `generalized_jsd`, below 1."""
     top_k: int | None = _key(None, low=1)
-    """Train on the teacher's so many most likely tokens, as `difftune prepare --teacher` stored them, without the
-    teacher; all others are one bucket. null: the teacher runs in the process."""
+    """Train on so many tokens of the teacher, stored by `difftune prepare --teacher`. null: the teacher runs beside."""
     align_weight: float = _key(0.0, low=0)
-    """Weight of the match of every attention's output to the teacher's at the first step, for a student that was
-    converted from its teacher; it falls to 0 over align_steps."""
+    """Weight, at the first step, of matching attention outputs to those of the teacher that the student was made of."""
     align_steps: int = _key(0, low=0)
-    """Optimiser steps of that warm-up."""
+    """Optimiser steps over which that weight falls to 0."""
     stored_dtype: str = _key("float16", choices=("float16", "float32"))
     """Of stored log-probabilities."""
     teacher_dtype: str | None = _key(None, choices=("float32", "bfloat16", "float16"))
