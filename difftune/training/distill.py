@@ -75,6 +75,11 @@ class DistillModule(FinetuneModule):
         stored = [batch[name] for name in STORED if name in batch]
         batch = {name: tensor for name, tensor in batch.items() if name not in STORED}
         if self.teacher is None and len(stored) < len(STORED):
+            if not bool((batch["labels"] != -100).any()):
+                # The last batch of an epoch can leave a rank without rows; it has to step with the others.
+                stored = [torch.zeros(0, 1, device=self.device, dtype=torch.int64)]
+                stored += [torch.zeros(0, 1, device=self.device), torch.zeros(0, device=self.device)]
+                return self.compute_loss({**batch, **dict(zip(STORED, stored, strict=True))})
             raise ValueError("no teacher runs, and the batch brings nothing stored of one: run difftune prepare")
         labels = batch["labels"]
         align_weight = self._align_weight()

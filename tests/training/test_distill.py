@@ -116,3 +116,13 @@ def test_attention_outputs_are_matched_at_first_and_no_more_after_the_warm_up():
 def test_a_match_needs_a_teacher_that_runs():
     with pytest.raises(ValueError, match=r"set distill\.top_k=null"):
         DistillModule(build_student(), teacher=None, align_weight=1.0, align_steps=5, **SETTINGS)
+
+
+def test_a_batch_without_labels_needs_nothing_stored():
+    """The share of a rank for which the last batch had no row: it steps with the others."""
+    module = DistillModule(build_student(), teacher=None, **SETTINGS)
+    module._dtype, module._parts = torch.float64, torch.zeros(2, dtype=torch.float64)
+    batch = one_batch(build_arithmetic())
+    loss, count = module.compute_loss({**batch, "labels": torch.full_like(batch["labels"], -100)})
+    loss.backward()
+    assert loss == 0 and count == 0
