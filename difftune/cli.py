@@ -1,4 +1,4 @@
-"""The command line: `difftune fit|evaluate|generate|export|merge|convert|compare|report`. No torch until it is needed.
+"""The command line: commands, overrides, exit codes. Imports no torch until a command needs it.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
@@ -156,8 +156,8 @@ def _run(found: Invocation) -> int:
     if command == "merge" or (command == "export" and _is_of_adapter(found)):
         return _write_adapter(found)
     config_file = _single(found, "config")
-    if command == "fit" and config_file is None and not found.overrides:
-        raise UsageError("fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
+    if command in ("fit", "prepare") and config_file is None and not found.overrides:
+        raise UsageError(f"{command} needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
         if name not in found.values and "print-config" not in found.flags:
             raise UsageError(f"{command} needs --{name}; see difftune {command} --help")
@@ -178,7 +178,17 @@ def _run(found: Invocation) -> int:
     out = _single(found, "out")
     if command == "fit":
         return run.fit(config, dry_run="dry-run" in found.flags) or 0
-    if command == "evaluate":
+    if command == "prepare":
+        workers = _single(found, "workers")
+        if workers is not None and not (workers.isdigit() and int(workers) > 0):
+            raise UsageError(f"--workers must be a number from 1 on, got {workers!r}")
+        run.prepare(
+            config,
+            workers=int(workers) if workers else os.cpu_count() or 1,
+            teacher="teacher" in found.flags,
+            check="check" in found.flags,
+        )
+    elif command == "evaluate":
         run.evaluate(config, out=Path(out) if out else None)
     elif command == "generate":
         run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
@@ -244,10 +254,10 @@ def _convert(found: Invocation) -> int:
     if steps is not None and not steps.isdecimal():
         raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps!r}")
 
-    from difftune import run
+    from difftune import run_convert
 
     assert found.operand is not None
-    run.convert(
+    run_convert.convert(
         found.operand,
         to=found.values["to"][0],
         out=Path(found.values["out"][0]),

@@ -67,6 +67,19 @@ COMMANDS = {
   difftune fit --config recipes/quickstart.yaml stages.traces.trainer.max_steps=50   (one stage only)
   difftune fit --config recipes/gsm8k_small.yaml 'data.train=[{path: my.jsonl}]' --dry-run""",
     ),
+    "prepare": Command(
+        summary="check and tokenise the data of a recipe; store what a teacher says to them",
+        about="Tokenises the training data of every stage into the cache that fit reads (data.cache_dir, or cache/ in\n"
+        "the run folder). Stopped or killed, the same command goes on.",
+        options=(
+            Option("check", "look at every row, say what is wrong, and forecast the run; tokenise as well"),
+            Option("teacher", "store the top distill.top_k of the teacher's probabilities beside the tokens"),
+            Option("workers", "processes that tokenise (all cores); the result is the same", "N"),
+        ),
+        examples="""
+  difftune prepare --config recipes/openthoughts.yaml --check
+  difftune prepare --config recipes/distil_topk.yaml --teacher --workers 4""",
+    ),
     "evaluate": Command(
         summary="solve problems with a model and grade the answers; retrieval, many-shot learning, position NLL",
         about="Runs tasks on a model. --data: generates an answer for every problem, grades it, and reports the\n"

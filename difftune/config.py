@@ -4,8 +4,7 @@ A recipe is a sparse YAML file of these keys. :func:`load_config` merges default
 `base:`) and the command line, in that order, and returns plain dataclasses, checked. Only `run.py` and `cli.py` read
 them; the rooms below take keyword arguments.
 
-The string beneath a field is its documentation: `docs/reference/config.md` and `difftune fit --list-keys` are made of
-them. `_key(...)` adds what can be checked without looking at another key.
+The string beneath a field is its documentation, there and in `fit --list-keys`; `_key(...)` adds checks.
 """
 
 import dataclasses
@@ -134,6 +133,8 @@ class DataConfig:
     """Folder of tokenised data, keyed by content. null: `cache/` in the run folder."""
     streaming: bool = False
     """Read rows as they are needed, for sets that do not fit in memory."""
+    check: bool = True
+    """Look at the first rows before training, and refuse what would be learned wrongly."""
 
 
 @dataclass
@@ -160,6 +161,32 @@ class OptimConfig:
     """Weight of the squared log-partition penalty; 0: none."""
     max_nonfinite_steps: int = _key(5, low=1)
     """Optimiser steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+@dataclass
+class DistillConfig:
+    """Learning from a teacher's distribution beside the labels."""
+
+    teacher: str | None = None
+    """Folder or hub id of a model with the student's tokenizer, ours or transformers'. null: no distillation."""
+    weight: float = _key(0.5, above=0, high=1)
+    """Weight of the divergence; the cross entropy has the rest of 1."""
+    divergence: str = _key("forward_kl", choices=("forward_kl", "reverse_kl", "generalized_jsd"))
+    """`forward_kl` is KL(teacher, student), `reverse_kl` KL(student, teacher)."""
+    temperature: float = _key(1.0, above=0)
+    """Divides the logits of both; the divergence is multiplied by its square."""
+    beta: float = _key(0.5, above=0)
+    """Weight of the teacher in the mixture of `generalized_jsd`, below 1."""
+    top_k: int | None = _key(None, low=1)
+    """Train on so many tokens of the teacher, stored by `difftune prepare --teacher`. null: the teacher runs beside."""
+    align_weight: float = _key(0.0, low=0)
+    """Weight, at the first step, of matching attention outputs to those of the teacher that the student was made of."""
+    align_steps: int = _key(0, low=0)
+    """Optimiser steps over which that weight falls to 0."""
+    stored_dtype: str = _key("float16", choices=("float16", "float32"))
+    """Of stored log-probabilities."""
+    teacher_dtype: str | None = _key(None, choices=("float32", "bfloat16", "float16"))
+    """Of the teacher's weights in memory. null: as stored."""
 
 
 @dataclass
@@ -276,6 +303,8 @@ class StageConfig:
     """From text to batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The teacher, if any."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Lightning's Trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -304,6 +333,8 @@ class Config:
     """From text to batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The teacher, if any."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Lightning's Trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -316,7 +347,7 @@ class Config:
     """What is exported at the end. null: nothing."""
     stages: list[StageConfig] = _key([])
     """Stages in order, each starting from the model that the last one left, each with its own name and whatever differs
-    from the top level in seed, data, optim, trainer, checkpoint and evaluation. Empty: one stage named `main`."""
+    from the top level in seed, data, optim, distill, trainer, checkpoint and evaluation. Empty: one, named `main`."""
 
     def resolved_stages(self) -> list[StageConfig]:
         """The stages to run: those of the recipe, or the top level as one stage named `main`."""

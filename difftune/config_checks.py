@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections import Counter
 
-from difftune.config import Config, EvaluationConfig, StageConfig
+from difftune.config import Config, DistillConfig, EvaluationConfig, StageConfig
 from difftune.tasks.base import Defaults
 from difftune.tasks.math import MathTaskConfig
 
@@ -26,16 +26,19 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
 
     Args:
         config: The config.
-        command: `fit`, `evaluate`, `generate` or `export`.
+        command: `fit`, `prepare`, `evaluate`, `generate` or `export`.
     """
     stages = config.resolved_stages()
     problems = _model_problems(config, command)
     if command == "fit":
         problems += _name_problems([stage.name for stage in config.stages])
         for stage in stages:
-            found = _stage_problems(config, stage) + _task_problems(stage.evaluation) + _metric_problems(stage)
+            found = _stage_problems(config, stage) + _distill_problems(stage)
+            found += _task_problems(stage.evaluation) + _metric_problems(stage)
             prefix = f"stage '{stage.name}': " if config.stages else ""
             problems += [prefix + text for text in found if prefix + text not in problems]
+    elif command == "prepare":
+        problems += [text for stage in stages for text in [*_data_problems(config, stage), *_distill_problems(stage)]]
     else:
         problems += _task_problems(config.evaluation)
         if config.model.path is None:
@@ -107,13 +110,8 @@ def _name_problems(names: list[str]) -> list[str]:
 
 
 def _stage_problems(config: Config, stage: StageConfig) -> list[str]:
-    problems = []
-    data, optim, trainer = stage.data, stage.optim, stage.trainer
-    if not data.train:
-        problems.append("data.train: nothing to train on; set data.train=[{path: FILE}]")
-    longest = config.model.max_position_embeddings
-    if longest is not None and data.seq_len > longest:
-        problems.append(f"data.seq_len: {data.seq_len} is more than model.max_position_embeddings, {longest}")
+    problems = _data_problems(config, stage)
+    optim, trainer = stage.optim, stage.trainer
     if trainer.max_steps == 0:
         problems.append("trainer.max_steps: 0 trains nothing; use -1 for no limit, or the command evaluate")
     if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
@@ -128,6 +126,35 @@ def _stage_problems(config: Config, stage: StageConfig) -> list[str]:
         )
     if optim.schedule == "constant" and optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: a constant schedule does not decay; leave it out, or set another schedule")
+    return problems
+
+
+def _data_problems(config: Config, stage: StageConfig) -> list[str]:
+    problems = []
+    if not stage.data.train:
+        problems.append("data.train: nothing to train on; set data.train=[{path: FILE}]")
+    longest = config.model.max_position_embeddings
+    if longest is not None and stage.data.seq_len > longest:
+        problems.append(f"data.seq_len: {stage.data.seq_len} is more than model.max_position_embeddings, {longest}")
+    return problems
+
+
+def _distill_problems(stage: StageConfig) -> list[str]:
+    problems = []
+    distill = stage.distill
+    if distill.teacher is None and distill != DistillConfig():
+        problems.append("distill.teacher: the other keys of distill do nothing without one; name it, or leave them out")
+    if distill.divergence == "generalized_jsd" and distill.beta >= 1:
+        problems.append(f"distill.beta: must be below 1, got {distill.beta:g}; the limit is reverse_kl")
+    if bool(distill.align_weight) != bool(distill.align_steps):
+        problems.append("distill.align_weight: works for align_steps steps; set both, or neither")
+    if distill.align_weight and distill.top_k is not None:
+        problems.append("distill.align_weight: needs the teacher in the process; leave out top_k")
+    if distill.top_k is not None and stage.data.streaming:
+        problems.append(
+            "distill.top_k: a stored teacher belongs to a tokenised set, and data.streaming reads rows as they come; "
+            "set data.streaming=false, or leave out top_k"
+        )
     return problems
 
 

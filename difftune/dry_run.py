@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.text import Text
 
@@ -92,6 +93,48 @@ def dry_run_stage(
         f"{time.perf_counter() - started:.1f} s with start-up, peak memory {peak_memory_gib(module.device):.2f} GiB",
         highlight=False,
     )
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a micro-batch costs on this machine."""
+
+    seconds: float
+    """Of forward and backward, and of a step of the optimiser."""
+    peak_memory_gib: float
+    tokens: int
+    """Positions of the micro-batch, padding included."""
+
+
+def measure_step(module: FinetuneModule, data: SFTDataModule, accelerator: str) -> StepCost:
+    """Take three optimiser steps of one micro-batch each on one device, and time the last two."""
+    clock = _Clock()
+    trainer = Trainer(
+        accelerator=accelerator,
+        max_steps=3,
+        max_epochs=1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        devices=1,
+        gradient_clip_val=1.0,
+    )
+    trainer.fit(module, data)
+    seconds = (clock.ends[-1] - clock.ends[0]) / max(1, len(clock.ends) - 1)
+    return StepCost(seconds, peak_memory_gib(module.device), module.tokens_seen // len(clock.ends))
+
+
+class _Clock(Callback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
 
 
 def _memory() -> tuple[str, int]:

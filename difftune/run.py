@@ -2,21 +2,13 @@
 
 import dataclasses
 import logging
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from difftune.build import (
     build_adapter,
@@ -29,8 +21,6 @@ from difftune.build import (
     fresh_architecture,
 )
 from difftune.checkpoints.adapters import load_with_base, save_adapter
-from difftune.checkpoints.compare import Difference
-from difftune.checkpoints.convert import MAX_SHARD_BYTES, Conversion, convert_checkpoint
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
@@ -43,14 +33,15 @@ from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.modeling.adapters import describe_adapter
 from difftune.modeling.quantized import quantize_base
+from difftune.prepare import check_quickly, prepare_stages
 from difftune.report.summary import accuracy_table
 from difftune.result_folder import ResultFolder
 from difftune.run_folder import RunFolder
+from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
 from difftune.training.preemption import Preemption
 
 log = logging.getLogger(__name__)
-console = Console()
 
 
 def fit(config: Config, *, dry_run: bool = False) -> int:
@@ -76,7 +67,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         return 0
 
     folder = RunFolder(config.run_dir)
-    if _is_first_rank():
+    if is_first_rank():
         folder.open(to_yaml(config), may_go_on=config.resume != "never")
         tokenizer.save_pretrained(folder.path / "tokenizer")
     stages = config.resolved_stages()
@@ -103,9 +94,25 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
             if preemption.exit_code is not None:
                 log.warning("stopped by a signal; the same command goes on from here")
                 return preemption.exit_code
-    if _is_first_rank():
+    if is_first_rank():
         _finish(config, folder, stages[-1].name, tokenizer)
     return 0
+
+
+def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None:
+    """Tokenise the training data of every stage into its cache, and what was asked for besides.
+
+    Args:
+        config: What will be trained.
+        workers: Processes that tokenise.
+        teacher: Store the top k of each stage's teacher beside the tokens.
+        check: Look at every row, forecast the run, and write `data_check.json` and its picture to the run folder.
+
+    Raises:
+        ValueError: If the data cannot be read, or a check finds them unfit; if `teacher` and no stage stores one.
+    """
+    set_up_logging()
+    prepare_stages(config, build_tokenizer(config), console, workers=workers, teacher=teacher, check=check)
 
 
 def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -184,58 +191,6 @@ def export(config: Config, out: Path, *, overwrite: bool = False) -> ExportRepor
     return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=overwrite)
 
 
-def convert(
-    source: str,
-    *,
-    to: str,
-    out: Path,
-    text: Path | None = None,
-    subln: str | None = None,
-    lambda_init: float | None = None,
-    lambda_warmup_steps: int | None = None,
-    dtype: str | None = None,
-    max_shard_gb: float | None = None,
-    overwrite: bool = False,
-) -> Conversion:
-    """Convert a checkpoint to another kind or layout, and print how far the result is from it.
-
-    Args:
-        source: A folder, hub id, GGUF file or state dict file.
-        to: One of `difftune.checkpoints.convert.TARGETS`.
-        out: The folder to make.
-        text: File to compare the losses on.
-        subln: Sublayer norm where a softmax model becomes V1.
-        lambda_init: Lambda at the start, for the same.
-        lambda_warmup_steps: Optimiser steps over which it rises from almost 0, for the same. None: none.
-        dtype: Of the weights: float32, bfloat16, float16. None: as stored.
-        max_shard_gb: Largest weight file, in 10^9 bytes.
-        overwrite: Replace a model folder that is there.
-    """
-    set_up_logging()
-    names = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in names:
-        raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(names)}")
-    if max_shard_gb is not None and max_shard_gb <= 0:
-        raise ValueError(f"the largest weight file must have more than 0 GB, got {max_shard_gb}")
-    with console.status(f"converting {source}"):
-        conversion = convert_checkpoint(
-            source,
-            to,
-            out,
-            subln=subln,
-            lambda_init=lambda_init,
-            lambda_warmup_steps=lambda_warmup_steps,
-            text=text,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            overwrite=overwrite,
-            max_shard_bytes=MAX_SHARD_BYTES if max_shard_gb is None else int(max_shard_gb * 1e9),
-        )
-    console.print(_difference_table(conversion))
-    say(f"{conversion.path}: {conversion.method}")
-    say(f"{conversion.seconds:.0f} s, peak memory {conversion.peak_memory_gib:.1f} GiB")
-    return conversion
-
-
 def _train(
     config: Config,
     stage: StageConfig,
@@ -247,6 +202,8 @@ def _train(
 ) -> None:
     """One stage, from its beginning or from where it was interrupted."""
     seed_everything(stage.seed, verbose=False)
+    if stage.data.check:
+        check_quickly(stage)
     data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
     say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
     resume_from = folder.resume_point(stage.name, config.resume)
@@ -263,7 +220,7 @@ def _train(
         resume_step=None if resume_from is None else step_of(resume_from),
         console=console,
     )
-    module = build_module(stage, model, data, trainer.world_size, adapted=adapted)
+    module = build_module(stage, model, data, tokenizer, trainer.world_size, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:
         folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))
@@ -314,27 +271,6 @@ def _export(
     return report
 
 
-def _difference_table(conversion: Conversion) -> Table:
-    promise = "exact" if conversion.exact else "not exact"
-    title = f"{conversion.source} to {conversion.target} ({promise}), both in float32"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for found in conversion.differences:
-        table.add_column(found.inputs, justify="right")
-    figures: dict[str, Callable[[Difference], str]] = {
-        "tokens": lambda found: f"{found.tokens:,}",
-        "largest difference of a logit": lambda found: f"{found.max_abs_logit:.2e}",
-        "largest logit": lambda found: f"{found.logit_scale:.2f}",
-        "mean KL, nats a token": lambda found: f"{found.kl:.2e}",
-        "same most probable token": lambda found: f"{found.same_top:.2%}",
-        "loss before, nats a token": lambda found: f"{found.nll_before:.4f}",
-        "loss after": lambda found: f"{found.nll_after:.4f}",
-    }
-    for name, show in figures.items():
-        table.add_row(name, *[show(found) for found in conversion.differences])
-    return table
-
-
 def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every stage, on one model; on the meta device if the model is too large for this machine."""
     too_large = False
@@ -346,8 +282,9 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     if adapted is not None:
         say(f"adapter: {describe_adapter(adapted)}")
     for stage in config.resolved_stages():
-        data = build_data(stage, tokenizer, cache_dir=None)
-        module = build_module(stage, model, data, adapted=adapted)
+        stored = stage.distill.top_k is not None
+        data = build_data(stage, tokenizer, cache_dir=Path(config.run_dir) / "cache" if stored else None)
+        module = build_module(stage, model, data, tokenizer, adapted=adapted)
         dry_run_stage(console, stage.name, data, module, build_tasks(stage.evaluation))
 
 
@@ -369,32 +306,3 @@ def _load_for_inference(
 def _end_of(stage: StageConfig) -> dict[str, Any]:
     """What ends a stage; with another end it goes on."""
     return {name: getattr(stage.trainer, name) for name in ("max_steps", "max_epochs", "max_time")}
-
-
-def set_up_logging() -> None:
-    """Our messages to the terminal, once; those of the libraries only where they warn."""
-    ours = logging.getLogger("difftune")
-    if not ours.handlers:
-        # Rich wraps lines to the width of the terminal; a file should keep them whole.
-        to_terminal = RichHandler(console=console, show_path=False, show_time=False)
-        ours.addHandler(to_terminal if console.is_terminal else logging.StreamHandler(sys.stdout))
-        ours.setLevel(logging.INFO if _is_first_rank() else logging.WARNING)
-        ours.propagate = False
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Batches are made by the stream: workers would only copy it.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning 2.6 with torch 2.13; nothing that a user could change.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    transformers_logging.disable_progress_bar()
-
-
-def _is_first_rank() -> bool:
-    # Lightning sets it when it is imported, from the environment of the launcher.
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def say(text: str) -> None:
-    """A line on the terminal, from the first process alone."""
-    if _is_first_rank():
-        console.print(text, highlight=False, soft_wrap=True)

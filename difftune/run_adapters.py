@@ -17,7 +17,7 @@ from difftune.checkpoints.merge import MergeReport, logit_difference, merge_adap
 from difftune.checkpoints.publish import check_target
 from difftune.data.tokenizers import build_tokenizer
 from difftune.modeling.adapters import describe_adapter
-from difftune.run import console, say, set_up_logging
+from difftune.terminal import console, say, set_up_logging
 
 log = logging.getLogger(__name__)
 

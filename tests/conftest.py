@@ -1,5 +1,6 @@
 """What every test shares: no network, fixed seeds, one thread, GPU tests that skip themselves, the data folder."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -36,6 +37,16 @@ def seeded() -> None:
     """Every test starts from the same random state, so that none depends on which ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path):
+    def write(rows: list[dict], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -81,7 +81,7 @@ def test_the_schedule_ends_with_the_limit_that_comes_first(overrides, expected):
     data = build_data(stage, tokenizer, None)
     # 100 rows in batches of 16, three times over: 300 rows, 19 batches, 10 steps of two.
     assert total_steps(stage, data) == expected
-    module = build_module(stage, build_model(config.model, tokenizer, 0), data)
+    module = build_module(stage, build_model(config.model, tokenizer, 0), data, tokenizer)
     assert module.total_steps == expected and module.betas == (0.9, 0.95)
 
 

@@ -19,6 +19,7 @@ tokenizer: digits
 data: {train: [{path: synthetic:arithmetic}]}
 trainer: {max_steps: 10}
 """
+EVERY = "fit, prepare, evaluate, generate, export, merge, convert, compare, report"
 
 
 @pytest.fixture
@@ -164,8 +165,8 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
     ("arguments", "message"),
     [
         (["fti"], "unknown command 'fti'; did you mean fit?"),
-        (["xyzzy"], "unknown command 'xyzzy'; one of fit, evaluate, generate, export, merge, convert, compare, report"),
-        (["--model", "m"], "which command? one of fit, evaluate, generate, export, merge, convert, compare, report"),
+        (["xyzzy"], f"unknown command 'xyzzy'; one of {EVERY}"),
+        (["--model", "m"], f"which command? one of {EVERY}"),
         (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
         (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
         (["fit", "--config"], "--config needs a value: --config FILE"),
@@ -328,32 +329,6 @@ def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["DO_NOT_TRACK"] == "0", "a user's own setting stays"
 
 
-def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(source: str, **arguments: Any) -> None:
-        calls.update(source=source, arguments=arguments)
-
-    monkeypatch.setattr(sys.modules["difftune.run"], "convert", convert, raising=False)
-    options = ["--to", "diff_v1", "--out=o", "--text", "t.txt", "--subln", "none", "--lambda-init", "0.1"]
-    options += ["--lambda-warmup-steps", "200"]
-    assert (
-        cli.main(["convert", "owner/name", *options, "--dtype", "bfloat16", "--max-shard-gb", "2", "--overwrite"]) == 0
-    )
-    assert calls["source"] == "owner/name"
-    assert calls["arguments"] == {
-        "to": "diff_v1",
-        "out": Path("o"),
-        "text": Path("t.txt"),
-        "subln": "none",
-        "lambda_init": 0.1,
-        "lambda_warmup_steps": 200,
-        "dtype": "bfloat16",
-        "max_shard_gb": 2.0,
-        "overwrite": True,
-    }
-    assert cli.main(["convert", "s", "--to", "llama", "--out", "o"]) == 0
-    assert calls["arguments"]["dtype"] is None and not calls["arguments"]["overwrite"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -384,4 +359,22 @@ def test_convert_takes_a_source_and_its_own_options(calls: dict[str, Any], monke
     ],
 )
 def test_a_wrong_convert_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert refuse(capsys, *arguments) == message
+
+
+ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare"], "prepare needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
+        (
+            ["prepare", "--config", str(ROOT / "recipes" / "quickstart.yaml"), "--workers", "0"],
+            "--workers must be a number from 1 on, got '0'",
+        ),
+        (["fit", "--teacher"], "--teacher is not an option of fit, but of prepare"),
+    ],
+)
+def test_a_wrong_prepare_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert refuse(capsys, *arguments) == message

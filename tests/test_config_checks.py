@@ -41,6 +41,23 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
             ["optim.schedule=constant", "optim.min_lr_ratio=0.1"],
             "optim.min_lr_ratio: a constant schedule does not decay",
         ),
+        (["distill.weight=0.7"], "distill.teacher: the other keys of distill do nothing without one"),
+        (
+            ["distill.teacher=t", "distill.divergence=generalized_jsd", "distill.beta=1.0"],
+            "distill.beta: must be below 1, got 1; the limit is reverse_kl",
+        ),
+        (
+            ["distill.teacher=t", "distill.top_k=4", "data.streaming=true"],
+            "distill.top_k: a stored teacher belongs to a tokenised set",
+        ),
+        (
+            ["distill.teacher=t", "distill.align_weight=1"],
+            "distill.align_weight: works for align_steps steps; set both",
+        ),
+        (
+            ["distill.teacher=t", "distill.align_weight=1", "distill.align_steps=9", "distill.top_k=4"],
+            "distill.align_weight: needs the teacher in the process; leave out top_k",
+        ),
         (
             ["export={format: diffllama}", "model.attention=diff_v2"],
             "export.format: diffllama holds diff_v1 only, and model.attention is",

@@ -23,3 +23,12 @@ def test_the_size_of_training_is_four_copies_of_the_weights(dtype, bytes_each, m
     monkeypatch.setattr(dry_run, "total_memory_bytes", lambda: int(needed / 0.8) - 100)
     assert dry_run.report_size(console, CONFIG, dtype)
     assert f"{count:,} parameters; weights, gradients and optimiser need" in shown.getvalue()
+
+
+def test_a_micro_batch_is_timed_after_the_first():
+    from difftune.training.finetune import FinetuneModule
+    from tests.training.teaching import build_arithmetic, build_student
+
+    module = FinetuneModule(build_student(), lr=1e-3, schedule="constant")
+    cost = dry_run.measure_step(module, build_arithmetic(), "cpu")
+    assert cost.tokens == 2 * 64 and 0 < cost.seconds < 10 and cost.peak_memory_gib > 0

@@ -267,12 +267,3 @@ def test_the_quickstart_problems_are_unseen(tmp_path):
         data = build_data(stage, tokenizer, None)
         for task in build_tasks(stage.evaluation):
             assert len(task.problems) == 200 and data.seen(task.problems) == []
-
-
-def test_convert_refuses_unknown_values_before_it_reads(tmp_path):
-    with pytest.raises(ValueError, match="dtype 'int8' is unknown: choose one of float32, bfloat16, float16"):
-        run.convert("absent", to="diff_v2", out=tmp_path / "out", dtype="int8")
-    with pytest.raises(ValueError, match="must have more than 0 GB, got -1"):
-        run.convert("absent", to="diff_v2", out=tmp_path / "out", max_shard_gb=-1)
-    with pytest.raises(ValueError, match="absent does not exist"):
-        run.convert("absent", to="diff_v2", out=tmp_path / "out")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from difftune.checkpoints.diffllama import load_diffllama
 from difftune.checkpoints.folders import (
@@ -21,6 +22,7 @@ from difftune.checkpoints.shards import STATE_DICT_SUFFIXES
 from difftune.checkpoints.unilm_config import UNILM_MODEL_TYPE
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 
+_OUR_TYPES = ("difftune", "diffllama")
 _READABLE = (
     "readable are: a difftune folder (model_type 'difftune'), a transformers DiffLlama folder or hub id "
     "(model_type 'diffllama'), a checkpoint written by difftune fit, an adapter on one of these"
@@ -74,6 +76,33 @@ def load_model(
         raise ValueError(f"{folder} holds model_type {model_type!r}, which is not readable; {what_to_do}")
     model.config._name_or_path = str(path_or_hub_id)
     return model
+
+
+def load_teacher(path_or_hub_id: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a model to learn from: one of ours, or any causal language model that transformers loads by itself.
+
+    Args:
+        path_or_hub_id: The folder, or ``owner/name`` on the Hugging Face hub.
+        dtype: Of the weights. Default: as stored.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: If nothing is there, or transformers cannot load it.
+    """
+    folder = resolve_folder(path_or_hub_id)
+    ours = (folder / TRAINING_WEIGHTS).is_file() or (
+        (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") in _OUR_TYPES
+    )
+    if ours:
+        return load_model(path_or_hub_id, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the teacher {path_or_hub_id} could not be loaded by transformers: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _load_difftune(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from difftune.data.chat import Encoded
+from difftune.data.chat import Encoded, TeacherRows
 
 IGNORE_INDEX = -100
 
@@ -24,7 +24,8 @@ def packed_batch(rows: Sequence[Sequence[Encoded]], seq_len: int, pad_id: int) -
         `input_ids [B, T]`, `labels [B, T]` (unshifted, -100 where nothing is learned and at the first token
         of every document), `position_ids [B, T]` (from 0 in every document), all int64, and `cu_seqlens [n +
         1]` int32: cumulative lengths of the n documents over the flattened B * T tokens. The padding of a row
-        is a document of its own.
+        is a document of its own. Where documents bring what a teacher said: `teacher_indices`,
+        `teacher_log_probs` and `teacher_log_tail`, a row for each label of the batch, in their order.
     """
     shape = (len(rows), seq_len)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -47,6 +48,7 @@ def packed_batch(rows: Sequence[Sequence[Encoded]], seq_len: int, pad_id: int) -
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(position_ids),
         "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        **_teacher(rows),
     }
 
 
@@ -60,7 +62,8 @@ def padded_batch(rows: Sequence[Sequence[Encoded]], pad_id: int, width: int) -> 
         width: Tokens of a row, at least those of the longest document.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` and `attention_mask` (1 = real), all int64 of shape [B, T].
+        `input_ids`, `labels`, `position_ids` and `attention_mask` (1 = real), all int64 of shape [B, T]; of a teacher
+        what `packed_batch` has.
     """
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -77,6 +80,7 @@ def padded_batch(rows: Sequence[Sequence[Encoded]], pad_id: int, width: int) -> 
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(position_ids),
         "attention_mask": torch.from_numpy(attention_mask),
+        **_teacher(rows),
     }
 
 
@@ -85,3 +89,14 @@ def _write(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, 
     input_ids[:] = document.ids
     labels[:] = np.where(document.learned, document.ids, IGNORE_INDEX)
     position_ids[:] = np.arange(len(document.ids))
+
+
+def _teacher(rows: Sequence[Sequence[Encoded]]) -> Batch:
+    """What a teacher said to the labels of a batch, a row each, if the documents bring it."""
+    said = [document.teacher for documents in rows for document in documents if document.teacher is not None]
+    if not said:
+        return {}
+    return {
+        f"teacher_{name}": torch.from_numpy(np.concatenate([getattr(part, name) for part in said]))
+        for name in TeacherRows._fields
+    }

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -10,6 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.data.formats import Example, Message
 from difftune.data.tokenizers import decode
+
+
+class TeacherRows(NamedTuple):
+    """What a teacher said to label tokens, a row each: its k most likely tokens, and the mass of the others."""
+
+    indices: np.ndarray
+    """int32, shape [labels, k]."""
+    log_probs: np.ndarray
+    """float16 or float32, shape [labels, k], in nats."""
+    log_tail: np.ndarray
+    """float32, shape [labels]."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,18 @@ class Encoded:
     """int32, shape [T]."""
     learned: np.ndarray
     """bool, shape [T]; `learned[0]` is False."""
+    teacher: TeacherRows | None = None
+    """For each learned token what a teacher said, if that is stored."""
+
+    def first(self, length: int) -> "Encoded":
+        """Its first tokens."""
+        if len(self.ids) <= length:
+            return self
+        learned, teacher = self.learned[:length], self.teacher
+        if teacher is not None:
+            labels = int(np.count_nonzero(learned))
+            teacher = TeacherRows(*(part[:labels] for part in teacher))
+        return Encoded(self.ids[:length], learned, teacher)
 
 
 def encode_examples(

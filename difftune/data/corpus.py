@@ -50,8 +50,7 @@ class Corpus:
 
     def document(self, index: int) -> Encoded:
         """A kept document, cut to the limit."""
-        whole = self._whole(int(self._kept[index]))
-        return Encoded(whole.ids[: self.seq_len], whole.learned[: self.seq_len])
+        return self._whole(int(self._kept[index])).first(self.seq_len)
 
     def rows(self, rng: np.random.Generator | None, *, packing: bool) -> list[list[int]]:
         """The documents of each row, in the order in which rows are trained on.

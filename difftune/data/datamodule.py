@@ -16,7 +16,9 @@ from difftune.data.corpus import OVERLONG, Corpus
 from difftune.data.sources import Source
 from difftune.data.statistics import DataStatistics, count_corpus
 from difftune.data.stream import BatchStream, RowStream, interleave, order_rng
-from difftune.data.tokenized import PIECE_ROWS, load_tokenized, question_key, tokenize_pieces
+from difftune.data.teacher_store import TeacherSettings, with_teacher
+from difftune.data.token_cache import load_tokenized
+from difftune.data.tokenized import PIECE_ROWS, question_key, tokenize_pieces
 from difftune.data.tokenizers import decode
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class SFTDataModule(pl.LightningDataModule):
         cache_dir: Folder for tokenised sources. None: tokenise anew each time. Not used when streaming.
         max_epochs: Passes over the data. None: endless.
         accumulate_grad_batches: Batches of an optimiser step; only `total_steps` looks at it.
+        teacher: What was stored of a teacher, to be brought with each batch. None: nothing is.
         streaming: Read rows as they are needed and keep only a block of them: sources are interleaved, and
             shuffled and packed within blocks of 4,096 rows. Resuming reads and tokenises what came before
             again; each worker and rank reads everything, so 0 or 1 workers are best.
@@ -84,6 +87,7 @@ class SFTDataModule(pl.LightningDataModule):
         max_epochs: int | None = None,
         accumulate_grad_batches: int = 1,
         streaming: bool = False,
+        teacher: TeacherSettings | None = None,
     ) -> None:
         super().__init__()
         if not train:
@@ -114,6 +118,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._max_epochs = max_epochs
         self._accumulate = accumulate_grad_batches
         self._streaming = streaming
+        self._teacher = teacher
         self._corpus: Corpus | None = None
         # Where the stream was entered: global rows, and the batches that Lightning had counted there.
         self._start_row = 0
@@ -136,6 +141,12 @@ class SFTDataModule(pl.LightningDataModule):
                 raise ValueError(f"{', '.join(source.path for source in self._sources)}: no row")
         else:
             sets = [load_tokenized(source, self._tokenizer, self._cache_dir) for source in self._sources]
+            if self._teacher is not None:
+                assert self._cache_dir is not None, "what is stored of a teacher lies in the cache"
+                sets = [
+                    with_teacher(part, source, self._tokenizer, self._cache_dir, self._teacher)
+                    for part, source in zip(sets, self._sources, strict=True)
+                ]
             corpus = Corpus(sets, seq_len=self._seq_len, overlong=self._overlong)
         rng = order_rng(self._seed, 0, 0) if self._shuffle else None
         stats = count_corpus(

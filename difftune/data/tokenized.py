@@ -1,35 +1,27 @@
-"""A source as token ids: tokenised piece by piece, kept in flat arrays, cached by content."""
+"""A source as token ids: tokenised piece by piece, in flat arrays."""
 
 import hashlib
-import json
-import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from difftune.data.chat import Encoded, encode_examples
+from difftune.data.chat import Encoded, TeacherRows, encode_examples
 from difftune.data.formats import Dropped, Example, Format, read_example, resolve_format
-from difftune.data.sources import Row, Source, fingerprint, read_rows
-from difftune.data.tokenizers import tokenizer_fingerprint
-
-log = logging.getLogger(__name__)
+from difftune.data.sources import Row, Source, read_rows
 
 PIECE_ROWS = 512
-_ARRAYS = {
+ARRAYS = {
     "ids": np.int32,
     "learned": np.bool_,
     "offsets": np.int64,
     "questions": np.uint64,
     "row_numbers": np.int64,
 }
+"""Type of each array of a `TokenizedSet`."""
 
 
 @dataclass
@@ -51,6 +43,21 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class StoredTeacher:
+    """What a teacher said to the label tokens of every document of a set, one after another in flat arrays."""
+
+    arrays: TeacherRows
+    """Of all documents together."""
+    offsets: np.ndarray
+    """int64, shape [documents + 1]: where the rows of each document begin."""
+
+    def rows(self, document: int) -> TeacherRows:
+        """Those of one document, as views."""
+        part = slice(int(self.offsets[document]), int(self.offsets[document + 1]))
+        return TeacherRows(*(array[part] for array in self.arrays))
+
+
+@dataclass(frozen=True)
 class TokenizedSet:
     """Documents one after another in flat arrays, whole (no length limit is applied yet)."""
 
@@ -67,6 +74,8 @@ class TokenizedSet:
     row_numbers: np.ndarray
     """int64, shape [documents]: the row of the source, from 1, that each document was."""
     counts: Counts
+    teacher: StoredTeacher | None = None
+    """What a teacher said to the documents, if that is stored and asked for."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -79,7 +88,7 @@ class TokenizedSet:
     def document(self, index: int) -> Encoded:
         """One document, as views."""
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Encoded(self.ids[part], self.learned[part])
+        return Encoded(self.ids[part], self.learned[part], None if self.teacher is None else self.teacher.rows(index))
 
 
 def question_key(text: str) -> int:
@@ -87,45 +96,45 @@ def question_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b("".join(text.split()).encode(), digest_size=8).digest(), "little")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some hundred rows in a row of a source, read and not yet tokenised."""
+
+    rows: list[Row]
+    start: int
+    """Number of the first of them in the source, from 1."""
+    row_format: Format
+
+    def tokenize(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> TokenizedSet:
+        """What its rows become; a function of the piece alone."""
+        return _tokenize(self.rows, self.start, source, self.row_format, tokenizer)
+
+
+def read_pieces(source: Source, *, streaming: bool = False, skip_rows: int = 0) -> Iterator[Piece]:
+    """Read a source in its own order, a few hundred rows at a time.
+
+    Args:
+        source: What to read.
+        streaming: As in `read_rows`.
+        skip_rows: Leave out the first so many, a multiple of a piece.
+    """
+    rows = read_rows(source, streaming=streaming)
+    row_format: Format | None = None
+    start = 1
+    while part := list(islice(rows, PIECE_ROWS)):
+        if row_format is None:
+            row_format = resolve_format(source.format, part[0].columns, part[0].where)
+        if start > skip_rows:
+            yield Piece(part, start, row_format)
+        start += len(part)
+
+
 def tokenize_pieces(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, streaming: bool = False
 ) -> Iterator[TokenizedSet]:
     """Tokenise a source in its own order, a few hundred rows at a time."""
-    rows = read_rows(source, streaming=streaming)
-    row_format: Format | None = None
-    start = 1
-    while piece := list(islice(rows, PIECE_ROWS)):
-        if row_format is None:
-            row_format = resolve_format(source.format, piece[0].columns, piece[0].where)
-        yield _tokenize(piece, start, source, row_format, tokenizer)
-        start += len(piece)
-
-
-def load_tokenized(source: Source, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None) -> TokenizedSet:
-    """The tokenised source, from the cache if it holds this very content.
-
-    The key is a hash of the content of the source, its settings, the tokenizer with its chat template, and
-    the code of this room. An entry is a folder that appears whole, by renaming; of several processes one
-    builds and the others wait.
-
-    Args:
-        source: What to read.
-        tokenizer: Decides the ids.
-        cache_dir: Folder of the cache, made if absent. None: no cache.
-    """
-    if cache_dir is None:
-        return _build(source, tokenizer)
-    settings = json.dumps([source.format, source.answer_only])
-    parts = [_code_fingerprint(), fingerprint(source), tokenizer_fingerprint(tokenizer), settings]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    entry = cache_dir / key
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f"{key}.lock"):
-        if (cached := _open_entry(entry, source.path)) is None:
-            _write_entry(_build(source, tokenizer), entry)
-            cached = _open_entry(entry, source.path)
-            assert cached is not None, f"the cache entry {entry} cannot be read back"
-    return cached
+    for piece in read_pieces(source, streaming=streaming):
+        yield piece.tokenize(source, tokenizer)
 
 
 def _tokenize(
@@ -157,66 +166,3 @@ def _tokenize(
 def _question(example: Example) -> int:
     asked = [message["content"] for message in example.messages if message["role"] == "user"]
     return question_key(asked[-1] if asked else example.text or "")
-
-
-def _build(source: Source, tokenizer: PreTrainedTokenizerBase) -> TokenizedSet:
-    pieces = list(tokenize_pieces(source, tokenizer))
-    if not pieces:
-        raise ValueError(f"{source.path} has no row")
-    joined = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in _ARRAYS if name != "offsets"}
-    offsets = np.cumsum(np.concatenate([[0], *(piece.lengths for piece in pieces)]), dtype=np.int64)
-    counts = sum((piece.counts for piece in pieces), Counts())
-    return TokenizedSet(source=source.path, offsets=offsets, counts=counts, **joined)
-
-
-def _write_entry(tokenized: TokenizedSet, entry: Path) -> None:
-    """Write a cache entry beside its place and rename it there, so that it is never seen half-written."""
-    building = entry.with_name(f"{entry.name}.tmp")
-    for left_over in (entry, building):
-        shutil.rmtree(left_over, ignore_errors=True)
-    building.mkdir()
-    try:
-        for name in _ARRAYS:
-            with (building / f"{name}.bin").open("wb") as stream:
-                getattr(tokenized, name).tofile(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        counts = tokenized.counts
-        meta = {
-            "sizes": {name: len(getattr(tokenized, name)) for name in _ARRAYS},
-            "rows_read": counts.rows_read,
-            "dropped": dict(counts.dropped),
-            "unknown_tokens": counts.unknown_tokens,
-        }
-        (building / "meta.json").write_text(json.dumps(meta))
-        building.rename(entry)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _open_entry(entry: Path, source: str) -> TokenizedSet | None:
-    """A cache entry, its arrays mapped from disk; None if absent or damaged."""
-    if not entry.is_dir():
-        return None
-    try:
-        meta = json.loads((entry / "meta.json").read_bytes())
-        counts = Counts(meta["rows_read"], Counter(meta["dropped"]), meta["unknown_tokens"])
-        arrays = {}
-        for name, dtype in _ARRAYS.items():
-            size, file = meta["sizes"][name], entry / f"{name}.bin"
-            if file.stat().st_size != size * np.dtype(dtype).itemsize:
-                raise ValueError(f"{file.name} has {file.stat().st_size} bytes instead of {size} entries")
-            # An empty file cannot be mapped.
-            arrays[name] = np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("the cache entry %s is damaged (%s) and is built again", entry, error)
-        return None
-    return TokenizedSet(source=source, counts=counts, **arrays)
-
-
-def _code_fingerprint() -> str:
-    """A hash of the modules that decide what a row becomes: a change to them outdates old entries."""
-    digest = hashlib.sha256()
-    for name in ("sources", "synthetic", "formats", "chat", "tokenized"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return digest.hexdigest()

@@ -68,6 +68,28 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def require_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
+    """Check that a teacher means the same by every token id that its student knows, whatever both are called.
+
+    Args:
+        student: The student's tokenizer.
+        teacher: The teacher's; it may know more tokens.
+        name: Names the teacher in the error.
+
+    Raises:
+        ValueError: If a token has another id there, or none; it names some.
+    """
+    theirs = teacher.get_vocab()
+    other = sorted((index, token) for token, index in student.get_vocab().items() if theirs.get(token) != index)
+    if other:
+        some = ", ".join(f"{token!r} ({index}, there {theirs.get(token, 'unknown')})" for index, token in other[:3])
+        raise ValueError(
+            f"the teacher {name} has another tokenizer than the student: {len(other)} of {len(student)} tokens have "
+            f"another id, such as {some}; distillation compares the two token by token, so choose a teacher with the "
+            "student's tokenizer"
+        )
+
+
 def _digits() -> PreTrainedTokenizerFast:
     characters = ["\n", *map(chr, range(32, 127))]
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}

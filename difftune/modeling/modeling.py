@@ -28,10 +28,12 @@ class DiffCausalLMOutput(CausalLMOutputWithPast):
         loss: Mean cross entropy a label token in nats (``loss_sum`` over ``num_items_in_batch`` where given).
         loss_sum: Sum over the label tokens, shape ``()``.
         num_label_tokens: How many there are, int64, shape ``()``.
+        last_hidden_state: With labels, what the head is applied to, shape ``(B, T, C)``: for other losses of it.
     """
 
     loss_sum: torch.Tensor | None = None
     num_label_tokens: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -216,10 +218,11 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         common = {"past_key_values": outputs.past_key_values, "hidden_states": outputs.hidden_states}
         if labels is None:
             return DiffCausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]), **common)
-        shifted = torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
-        loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, shifted, z_loss=z_loss)
+        loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels(labels), z_loss=z_loss)
         loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        return DiffCausalLMOutput(loss=loss, loss_sum=loss_sum, num_label_tokens=count, **common)
+        return DiffCausalLMOutput(
+            loss=loss, loss_sum=loss_sum, num_label_tokens=count, last_hidden_state=hidden, **common
+        )
 
     def extend_context(
         self, *, max_position_embeddings: int | None = None, rope_parameters: dict[str, Any] | None = None
@@ -259,6 +262,11 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:
         """Keep the 2-D mask: transformers would make a 4-D one for caches of fixed size, which hides the padding."""
         return attention_mask
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels ``(B, T)`` moved to where they are predicted: ``t`` gets that of ``t + 1``, the last none (-100)."""
+    return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
 
 
 def _positions(x: torch.Tensor, past: int, documents: Documents | None) -> torch.Tensor:

@@ -190,10 +190,15 @@ class FinetuneModule(LightningModule):
         if self._loss_divisor is None:
             size = self.trainer.strategy.broadcast(batch["labels"].numel())
             self._loss_divisor = 2 ** int(math.log2(size))
-        output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
-        self._window += torch.stack((output.loss_sum.detach().to(self._dtype), output.num_label_tokens.to(self._dtype)))
+        loss_sum, num_label_tokens = self.compute_loss(batch)
+        self._window += torch.stack((loss_sum.detach().to(self._dtype), num_label_tokens.to(self._dtype)))
         self.tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
-        return output.loss_sum / self._loss_divisor
+        return loss_sum / self._loss_divisor
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a micro-batch: summed over its label tokens, shape ``()``, and how many they are, shape ``()``."""
+        output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
+        return output.loss_sum, output.num_label_tokens
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Backpropagate, undoing Lightning's division by ``accumulate_grad_batches`` exactly."""

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from difftune.checkpoints.adapters import save_adapter
-from difftune.checkpoints.load import load_model
+from difftune.checkpoints.load import load_model, load_teacher
 from difftune.modeling import DiffTransformerForCausalLM
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter, trained_parameters
@@ -165,8 +165,21 @@ def test_an_adapter_that_is_damaged_or_without_its_base_is_refused(make_model: M
     make_model().save_pretrained(tmp_path / "base")
     save_adapter(add_adapter(load_model(tmp_path / "base"), AdapterSettings()), tmp_path / "adapter")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"the base model of .*adapter: .*base does not exist"):
+    with pytest.raises(ValueError, match=r"the base that .*adapter names is not there: .*base does not exist"):
         load_model(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="only LORA is read"):
         load_model(tmp_path / "adapter")
+
+
+def test_a_teacher_is_ours_or_any_that_transformers_loads(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "ours")
+    assert isinstance(load_teacher(str(tmp_path / "ours"), torch.bfloat16), DiffTransformerForCausalLM)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).bfloat16().save_pretrained(tmp_path / "llama")
+    assert isinstance(as_stored := load_teacher(str(tmp_path / "llama")), LlamaForCausalLM)
+    assert as_stored.dtype == torch.bfloat16
+    assert load_teacher(str(tmp_path / "llama"), torch.float32).dtype == torch.float32
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty could not be loaded by transformers: "):
+        load_teacher(str(tmp_path / "empty"))

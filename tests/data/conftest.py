@@ -1,6 +1,3 @@
-import json
-from pathlib import Path
-
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -15,13 +12,3 @@ def digits() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer("bytes")
-
-
-@pytest.fixture
-def write_jsonl(tmp_path: Path):
-    def write(rows: list[dict], name: str = "rows.jsonl") -> str:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return write

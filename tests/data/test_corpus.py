@@ -3,7 +3,7 @@ import pytest
 
 from difftune.data.corpus import Corpus
 from difftune.data.sources import Source
-from difftune.data.tokenized import load_tokenized
+from difftune.data.token_cache import load_tokenized
 
 # As digits: 3 frame tokens and the text.
 LENGTHS = [6, 13, 9]

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 from difftune.data.corpus import Corpus
 from difftune.data.sources import Source
 from difftune.data.stream import BatchStream, RowStream, interleave
-from difftune.data.tokenized import TokenizedSet, load_tokenized
+from difftune.data.token_cache import load_tokenized
+from difftune.data.tokenized import TokenizedSet
 
 
 @pytest.fixture(scope="module")

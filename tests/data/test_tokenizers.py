@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from difftune.data.tokenizers import SPECIAL_TOKENS, build_tokenizer, tokenizer_fingerprint
+from difftune.data.tokenizers import SPECIAL_TOKENS, build_tokenizer, require_same_tokens, tokenizer_fingerprint
 
 CHAT = [{"role": "user", "content": "12+7"}, {"role": "assistant", "content": "19"}]
 TEXT = "12+7=19\n#### 19 \\boxed{x_1}"
@@ -90,3 +90,16 @@ def test_fingerprint_ignores_the_settings_of_the_last_call():
     before = tokenizer_fingerprint(tokenizer)
     tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(tokenizer) == before != tokenizer_fingerprint(build_tokenizer("digits"))
+
+
+def test_tokens_are_compared_by_content():
+    """Another object, another name and more tokens are the same; one moved token is not."""
+    student, teacher = build_tokenizer("digits"), build_tokenizer("digits")
+    teacher.add_tokens(["<more>"])
+    require_same_tokens(student, teacher, "t")
+    with pytest.raises(
+        ValueError, match=r"the teacher t has another .* 1 of 103 .* such as '<more>' \(102, there unknown"
+    ):
+        require_same_tokens(teacher, student, "t")
+    with pytest.raises(ValueError, match="choose a teacher with the student's tokenizer"):
+        require_same_tokens(student, build_tokenizer("bytes"), "t")

@@ -11,7 +11,11 @@ from difftune.config_text import to_yaml
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 # What a user has to bring to a recipe, beside the recipe.
-FRESH = {"math_stage1": ["model.path=null"], "math_stage2": ["model.path=null", "tokenizer=bytes"]}
+FRESH = {
+    "math_stage1": ["model.path=null"],
+    "math_stage2": ["model.path=null", "tokenizer=bytes"],
+    "openthoughts": ["model.path=null", "tokenizer=bytes"],
+}
 
 
 def load(path: Path) -> Config:

@@ -1,0 +1,42 @@
+"""What the commands say, and where: one console, the loggers, the first process alone."""
+
+import logging
+import sys
+import warnings
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+console = Console()
+
+
+def set_up_logging() -> None:
+    """Our messages to the terminal, once; those of the libraries only where they warn."""
+    ours = logging.getLogger("difftune")
+    if not ours.handlers:
+        # Rich wraps lines to the width of the terminal; a file should keep them whole.
+        to_terminal = RichHandler(console=console, show_path=False, show_time=False)
+        ours.addHandler(to_terminal if console.is_terminal else logging.StreamHandler(sys.stdout))
+        ours.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+        ours.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Batches are made by the stream: workers would only copy it.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 with torch 2.13; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    transformers_logging.disable_progress_bar()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    # Lightning sets it when it is imported, from the environment of the launcher.
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def say(text: str) -> None:
+    """A line on the terminal, from the first process alone."""
+    if is_first_rank():
+        console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,131 @@
+"""Distillation: the loss of fine-tuning, with the teacher's distribution beside the labels."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from difftune.losses import TopK, linear_divergence
+from difftune.modeling.modeling import shift_labels
+from difftune.training.alignment import alignment_loss, attention_outputs
+from difftune.training.finetune import FinetuneModule
+from difftune.training.teachers import OnlineTeacher
+
+STORED = ("teacher_indices", "teacher_log_probs", "teacher_log_tail")
+"""Keys of a batch that hold a stored teacher: the fields of `TopK`, a row for each label token of the batch."""
+
+
+class DistillModule(FinetuneModule):
+    """Trains a student on ``weight * divergence + (1 - weight) * cross entropy``, both a label token.
+
+    Everything else is :class:`~difftune.training.finetune.FinetuneModule`: the exact mean over the label tokens of an
+    optimiser step, skipped steps, schedules, checkpoints. The teacher is no part of the module: it is in no checkpoint.
+
+    Logged besides, with every ``train/loss``: ``train/divergence`` and, for ``weight`` below 1,
+    ``train/cross_entropy`` (z-loss included), in nats a label token.
+
+    Args:
+        model: The student.
+        teacher: Runs at every batch. None: batches bring what was stored of one, under the keys ``STORED``.
+        divergence: A name of :data:`difftune.losses.DIVERGENCES`.
+        weight: Of the divergence, above 0 and at most 1; at 1 the cross entropy is not computed.
+        temperature: Divides the logits of both.
+        beta: Of ``generalized_jsd``.
+        align_weight: Of the match of attention outputs (:func:`~difftune.training.alignment.alignment_loss`) at the
+            first step; it falls linearly to 0 over ``align_steps``. For a student that was converted from the teacher.
+        align_steps: Optimiser steps of that warm-up.
+        options: Those of :class:`~difftune.training.finetune.FinetuneModule`.
+
+    Raises:
+        ValueError: If ``weight`` is out of range; while training, if a batch brings no stored teacher and none runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        teacher: OnlineTeacher | None,
+        divergence: str = "forward_kl",
+        weight: float = 0.5,
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        align_weight: float = 0.0,
+        align_steps: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        if not 0 < weight <= 1:
+            raise ValueError(f"weight of the divergence must be above 0 and at most 1, got {weight}")
+        if align_weight and teacher is None:
+            raise ValueError("attention outputs can be matched to a teacher that runs: set distill.top_k=null")
+        self.teacher = teacher
+        self.align_weight, self.align_steps = align_weight, align_steps
+        self.divergence, self.weight, self.temperature, self.beta = divergence, weight, temperature, beta
+
+    def on_train_start(self) -> None:
+        """The teacher to the device of the student; the sums of both parts of the loss."""
+        super().on_train_start()
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        self._parts = torch.zeros_like(self._window)
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both parts of the loss, weighted and summed over the label tokens, and how many these are."""
+        stored = [batch[name] for name in STORED if name in batch]
+        batch = {name: tensor for name, tensor in batch.items() if name not in STORED}
+        if self.teacher is None and len(stored) < len(STORED):
+            if not bool((batch["labels"] != -100).any()):
+                # The last batch of an epoch can leave a rank without rows; it has to step with the others.
+                stored = [torch.zeros(0, 1, device=self.device, dtype=torch.int64)]
+                stored += [torch.zeros(0, 1, device=self.device), torch.zeros(0, device=self.device)]
+                return self.compute_loss({**batch, **dict(zip(STORED, stored, strict=True))})
+            raise ValueError("no teacher runs, and the batch brings nothing stored of one: run difftune prepare")
+        labels = batch["labels"]
+        align_weight = self._align_weight()
+        with ExitStack() as stack:
+            if align_weight and self.teacher is not None:
+                theirs = stack.enter_context(attention_outputs(self.teacher.model))
+                mine = stack.enter_context(attention_outputs(self.model))
+            targets = TopK(*stored) if self.teacher is None else self.teacher(batch)
+            if self.weight == 1:
+                batch["labels"] = torch.full_like(labels, -100)
+            output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
+        divergence, count = linear_divergence(
+            output.last_hidden_state,
+            self.model.get_output_embeddings().weight,  # type: ignore[operator]  # of a transformers model
+            shift_labels(labels),
+            targets,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            beta=self.beta,
+        )
+        self._parts += torch.stack((divergence.detach().to(self._dtype), output.loss_sum.detach().to(self._dtype)))
+        loss = self.weight * divergence + (1 - self.weight) * output.loss_sum
+        if align_weight:
+            loss = loss + align_weight * alignment_loss(mine, theirs, shift_labels(labels) != -100)
+        return loss, count
+
+    def _align_weight(self) -> float:
+        """Weight of the match of attention outputs at this step."""
+        if not self.align_weight:
+            return 0.0
+        return self.align_weight * max(0.0, 1 - self.trainer.global_step / max(1, self.align_steps))
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Take the means of both parts over the optimiser step, before its window is closed."""
+        sums = torch.cat((self._parts, self._window[1:]))
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        self._last_parts = sums[:2] / sums[2]
+        self._parts = torch.zeros_like(self._parts)
+        super().configure_gradient_clipping(*args, **kwargs)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Add both parts to the metrics of the training."""
+        if "train/loss" in metrics:
+            divergence, cross_entropy = self._last_parts.tolist()
+            metrics = {**metrics, "train/divergence": divergence}
+            if self.weight < 1:
+                metrics["train/cross_entropy"] = cross_entropy
+        super().log_metrics(metrics, step)

@@ -1,0 +1,112 @@
+"""A frozen teacher in the process: what it says to a batch, and the top k of it to be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from difftune.losses import TeacherStates, TopK, top_k
+from difftune.modeling import DiffTransformerForCausalLM
+
+# Two documents of different length, so that a teacher that lets them see one another is found out.
+_PROBE_LENGTHS = (3, 5)
+
+
+class OnlineTeacher:
+    """Runs a frozen model without gradients. Not a module: it is neither trained nor saved with what is.
+
+    Args:
+        model: Ours, or any causal language model of transformers whose logits are a linear function of its last hidden
+            states. It is put into evaluation mode, and its parameters are frozen.
+        vocab_size: Rows of the student's head. More rows of the teacher's are left out: they belong to no token that
+            the student has.
+
+    Raises:
+        ValueError: If the teacher's head has fewer rows, if its logits are not its head applied to its hidden states
+            (scaled or capped logits, a bias), or if documents packed into one row would see one another.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._is_ours = isinstance(model, DiffTransformerForCausalLM)
+        rows = self._head().shape[0]
+        if rows < vocab_size:
+            raise ValueError(
+                f"the teacher's vocabulary has {rows} rows, the student's {vocab_size}: a teacher must know every "
+                "token of its student; choose a teacher with the same tokenizer"
+            )
+        self._vocab_size = vocab_size
+        self._probe()
+
+    def to(self, device: torch.device) -> None:
+        """Move the model there."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> TeacherStates:
+        """Its last hidden states at every position of a batch, shape ``(B, T, D)``, and its head."""
+        names = ("input_ids", "position_ids", "attention_mask", *(("cu_seqlens",) if self._is_ours else ()))
+        inputs = {name: batch[name] for name in names if name in batch}
+        # Without a mask, transformers reads the borders of packed documents from positions that begin anew.
+        output = self.model.get_decoder()(**inputs, use_cache=False)
+        return TeacherStates(output.last_hidden_state, self._head()[: self._vocab_size])
+
+    @torch.no_grad()
+    def score(
+        self, documents: Sequence[torch.Tensor], learned: Sequence[torch.Tensor], k: int, temperature: float
+    ) -> list[TopK]:
+        """What it says to each label token of some documents, to be stored.
+
+        Args:
+            documents: Token ids of each, int64, shape ``(T,)``.
+            learned: Which of them are labels, bool, shape ``(T,)``, the first False.
+            k: How many tokens to keep; at most the student's vocabulary.
+            temperature: By which its logits are divided.
+
+        Returns:
+            For each document one row a label token, in their order.
+        """
+        ids = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True).to(self.model.device)
+        mask = torch.zeros_like(ids)
+        for row, document in enumerate(documents):
+            mask[row, : len(document)] = 1
+        hidden, weight = self({"input_ids": ids, "attention_mask": mask})
+        found = []
+        for row, labels in enumerate(learned):
+            before = labels[1:].to(hidden.device).nonzero().squeeze(1)
+            # A slice at a time: the logits of a long document would not fit.
+            parts = [top_k(part, weight, k, temperature) for part in hidden[row, before].split(256)]
+            found.append(TopK(*(torch.cat(part) for part in zip(*parts, strict=True))))
+        return found
+
+    def _head(self) -> torch.Tensor:
+        return self.model.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Refuse a model that this class would misread."""
+        device, vocabulary = self.model.device, self._head().shape[0]
+        ids = torch.arange(sum(_PROBE_LENGTHS), device=device)[None] * 7 % vocabulary
+        positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])[None]
+        borders = torch.tensor([0, _PROBE_LENGTHS[0], sum(_PROBE_LENGTHS)], dtype=torch.int32, device=device)
+        packed = self({"input_ids": ids, "position_ids": positions, "cu_seqlens": borders}).hidden
+        alone = [self.model(input_ids=part).logits[0] for part in ids.split(_PROBE_LENGTHS, dim=1)]
+        expected = torch.cat(alone).float()
+        actual = (packed[0] @ self._head().T).float()
+        scale = expected.abs().max().clamp(min=1)
+        # Two ways to compute the same in the model's own precision; what is looked for differs by much more.
+        tolerance = 32 * torch.finfo(packed.dtype).eps * scale * self.model.config.num_hidden_layers
+        start = _PROBE_LENGTHS[0]
+        name = type(self.model).__name__
+        if not (actual[:start] - expected[:start]).abs().max() <= tolerance:
+            raise ValueError(
+                f"{name} cannot be a teacher: its logits are not its head applied to its last hidden states (scaled or "
+                "capped logits, or a bias); choose a model of the Llama family"
+            )
+        if not (actual - expected).abs().max() <= tolerance:
+            raise ValueError(
+                f"{name} cannot be a teacher of packed rows: its documents see one another; set data.packing=false, or "
+                "choose a model of the Llama family"
+            )

@@ -1,0 +1,28 @@
+from difftune.data.contamination import ProblemIndex
+
+LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"
+SHORT = "What is 17 times 23 minus 4?"
+
+
+def test_a_problem_is_found_whatever_its_layout():
+    index = ProblemIndex({"gsm8k": [LONG], "math": [SHORT]})
+    assert index.found_in(f"Solve this.\n\n{LONG.upper().replace(', ', '  ,')} Think.") == {"gsm8k"}
+    assert index.found_in("Please tell: what is $17$ times $23$ minus $4$?") == {"math"}
+
+
+def test_other_numbers_or_a_shared_phrase_are_another_problem():
+    index = ProblemIndex({"gsm8k": [LONG], "math": [SHORT]})
+    assert not index.found_in("What is 17 times 29 minus 4?")
+    assert not index.found_in("Anna sold clips to 12 of her friends in April. How many clips in all did she sell?")
+
+
+def test_part_of_a_long_problem_is_enough():
+    assert ProblemIndex({"gsm8k": [LONG]}).found_in(LONG[: LONG.index("How many")]) == {"gsm8k"}
+
+
+def test_problems_that_turn_up_by_chance_are_left_out():
+    assert not ProblemIndex({"svamp": ["Compute 3 + 4."]}).found_in("Compute 3 + 4. Then compute 5 + 6 and add both.")
+
+
+def test_no_test_set_finds_nothing():
+    assert ProblemIndex({}).found_in(LONG) == set()
