@@ -30,6 +30,7 @@ from difftune.data.sources import Source
 from difftune.data.teacher_store import store_teacher
 from difftune.data.token_cache import cache_entry, content_hash, load_tokenized
 from difftune.dry_run import StepCost, measure_step
+from difftune.evaluation.math import MathTask
 from difftune.report.data_check import FILE_NAME, draw_data_check
 from difftune.run_folder import write_json
 
@@ -71,7 +72,8 @@ def prepare_stages(
         cache_dir = Path(stage.data.cache_dir or Path(config.run_dir) / "cache")
         sources = [Source(**vars(source)) for source in stage.data.train]
         if check:
-            problems = {task.name: [p.question for p in task.problems] for task in build_tasks(stage.evaluation)}
+            tasks = [task for task in build_tasks(stage.evaluation) if isinstance(task, MathTask)]
+            problems = {task.name: [problem.question for problem in task.problems] for task in tasks}
             found = [examine(source, problems) for source in sources]
             for report in found:
                 console.print(report.text(), highlight=False, markup=False, soft_wrap=True)

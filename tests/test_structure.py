@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "result_folder": {"evaluation"},
     "evaluate": {"evaluation", "report", "result_folder"},
     "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
-    "prepare": {*CONFIG, "build", "data", "dry_run", "report", "run_folder"},
+    "prepare": {*CONFIG, "build", "data", "dry_run", "evaluation", "report", "run_folder"},
     "run": {
         *CONFIG,
         "build",

@@ -341,7 +341,8 @@ def _check_warmup(model: nn.Module, config: LoraConfig) -> None:
     steps = [step for step in base_tensors(model).items() if step[0].endswith(WARMUP_STEP)]
     if LAMBDA in (config.modules_to_save or ()) or not steps or steps[0][1].is_meta:
         return
-    total, step = model.config.lambda_warmup_steps, int(steps[0][1])  # type: ignore[union-attr]  # every model has one
+    config_of_model: Any = model.config
+    total, step = config_of_model.lambda_warmup_steps, int(steps[0][1])
     if step < total:
         raise ValueError(
             f"lambda of the base is at step {step} of the {total} of its warm-up, and an adapter that leaves lambda "
