@@ -26,6 +26,7 @@ from difftune.training.distill import DistillModule
 from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher
 
+TEST_ROWS = 128
 WAYS = {
     "cross entropy alone": None,
     "half cross entropy, half forward KL": {"weight": 0.5},
@@ -115,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     tensors = {name: tensor for name, tensor in llama.state_dict().items() if name != "lm_head.weight"}
     converted = build(target, dict(to_diff_v1(own, target, in_order(tensors))))
 
-    before, after = loss(llama, held_out), loss(converted, held_out)
+    before, after = loss(llama, held_out, TEST_ROWS), loss(converted, held_out, TEST_ROWS)
     lost = after - before
     rows = [["the Llama", f"{before:.4f}", "", ""], ["converted", f"{after:.4f}", "0%", ""]]
     amount = args.recovery * ROWS * LENGTH / 1e5
     for name, way in WAYS.items():
-        end = loss(recover(converted, llama, way, learned, args.recovery), held_out)
+        end = loss(recover(converted, llama, way, learned, args.recovery), held_out, TEST_ROWS)
         share = (after - end) / lost
         rows.append([name, f"{end:.4f}", f"{share:.0%}", f"{share / amount:.0%}"])
     print(

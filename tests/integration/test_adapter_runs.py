@@ -326,7 +326,7 @@ def test_without_an_adapter_the_module_knows_of_none(base):
     model = build_model(config.model, tokenizer, 0)
     assert build_adapter(config, model) is None
     stage = config.resolved_stages()[0]
-    module = build_module(stage, model, build_data(stage, tokenizer, None))
+    module = build_module(stage, model, build_data(stage, tokenizer, None), tokenizer)
     assert module.adapter_config is None and module.strict_loading
 
 
@@ -366,7 +366,7 @@ def test_a_base_that_is_gone_is_named(finished, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match=r"the base model of .*adapter: .*gone does not exist"):
+    with pytest.raises(ValueError, match=r"the base that .*adapter names is not there: .*gone does not exist"):
         load_model(tmp_path / "adapter")
 
 
