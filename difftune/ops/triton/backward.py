@@ -9,15 +9,33 @@ With ``dO`` the gradient of the output before the norm, ``P_1, P_2`` the maps an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
 from difftune.ops.triton.backward_keys import keys_kernel
 from difftune.ops.triton.backward_queries import queries_kernel
 from difftune.ops.triton.backward_statistics import statistics_kernel
+from difftune.ops.triton.descriptors import describe, describe_heads, is_aligned
 from difftune.ops.triton.launch import Problem
 
 STATISTICS_ROWS = 32
+
+
+def _descriptors(grad: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, problem: Problem) -> dict[str, Any]:
+    """What the kernel for keys and values walks over, where the table asks for TMA and the memory allows it."""
+    rows, q = problem.tiles.keys.rows, problem.q
+    # Documents end before the tensor does, and begin where a tile of the statistics must not.
+    usable = problem.tiles.descriptors and problem.cu_seqlens is None
+    if not usable or not all(map(is_aligned, (q, grad, lse, delta))):
+        return dict.fromkeys(("q_desc", "grad_desc", "lse_desc", "delta_desc"))
+    return {
+        "q_desc": describe_heads(q, rows),
+        "grad_desc": describe_heads(grad, rows),
+        "lse_desc": describe(lse, (1, 1, 1, rows)),
+        "delta_desc": describe(delta, (1, 1, 1, rows)),
+    }
 
 
 def backward(
@@ -65,7 +83,12 @@ def backward(
     tile = problem.tiles.keys
     blocks = triton.cdiv(problem.max_keys, tile.columns)
     keys_kernel[(blocks * v.shape[2] * problem.sequences,)](
-        dk_ptr=dk, dv_ptr=dv, blocks=blocks, **arguments, **tile.options
+        dk_ptr=dk,
+        dv_ptr=dv,
+        blocks=blocks,
+        **arguments,
+        **_descriptors(grad_raw, lse, delta, problem),
+        **tile.options,
     )
     tile = problem.tiles.queries
     blocks = triton.cdiv(problem.max_queries, tile.rows)

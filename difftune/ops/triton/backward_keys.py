@@ -23,6 +23,12 @@ def _walk_queries(
     delta1_ptr,
     delta2_ptr,
     lam_ptr,
+    q_desc,
+    grad_desc,
+    lse_desc,
+    delta_desc,
+    row,
+    head,
     start,
     end,
     first_key,
@@ -47,14 +53,21 @@ def _walk_queries(
     for m in tl.range(start, end, ROWS, num_stages=STAGES):
         queries = m + tl.arange(0, ROWS)
         real = queries < nq
-        q1 = load_rows(q_ptr, m, nq, stride_qt, ROWS, D, True)
-        q2 = load_rows(q_ptr + stride_qp, m, nq, stride_qt, ROWS, D, True)
-        grad = load_rows(grad_ptr, m, nq, stride_o, ROWS, E, True)
-        # exp2(s - inf) = 0: queries beyond the last one have no weight.
-        lse1 = tl.load(lse1_ptr + queries, mask=real, other=float("inf"))
-        lse2 = tl.load(lse2_ptr + queries, mask=real, other=float("inf"))
-        delta1 = tl.load(delta1_ptr + queries, mask=real, other=0.0)
-        delta2 = tl.load(delta2_ptr + queries, mask=real, other=0.0)
+        q1 = load_rows(q_ptr, m, nq, stride_qt, ROWS, D, True, q_desc, row, head, 0)
+        q2 = load_rows(q_ptr + stride_qp, m, nq, stride_qt, ROWS, D, True, q_desc, row, head, 1)
+        grad = load_rows(grad_ptr, m, nq, stride_o, ROWS, E, True, grad_desc, row, head, 0)
+        if q_desc is None:
+            # exp2(s - inf) = 0: queries beyond the last one have no weight.
+            lse1 = tl.load(lse1_ptr + queries, mask=real, other=float("inf"))
+            lse2 = tl.load(lse2_ptr + queries, mask=real, other=float("inf"))
+            delta1 = tl.load(delta1_ptr + queries, mask=real, other=0.0)
+            delta2 = tl.load(delta2_ptr + queries, mask=real, other=0.0)
+        else:
+            # Beyond the last query all is 0: a map of ones, of which nothing comes, since dO and the deltas are 0 too.
+            lse1 = lse_desc.load([0, row, head, m]).reshape(ROWS)
+            lse2 = lse_desc.load([1, row, head, m]).reshape(ROWS)
+            delta1 = delta_desc.load([0, row, head, m]).reshape(ROWS)
+            delta2 = delta_desc.load([1, row, head, m]).reshape(ROWS)
         p1 = tl.math.exp2(dot(k1, tl.trans(q1), None, INTERPRET) * scale - lse1[None, :])
         p2 = tl.math.exp2(dot(k2, tl.trans(q2), None, INTERPRET) * scale - lse2[None, :])
         if MASKED:
@@ -92,6 +105,10 @@ def keys_kernel(
     lse2_ptr,
     delta1_ptr,
     delta2_ptr,
+    q_desc,
+    grad_desc,
+    lse_desc,
+    delta_desc,
     dk_ptr,
     dv_ptr,
     stride_qb,
@@ -161,9 +178,10 @@ def keys_kernel(
             if CAUSAL or not MASKED:
                 dk1, dk2, dv = _walk_queries(
                     dk1, dk2, dv, k1, k2, v, q_head, grad_head, lse1_ptr + stats, lse2_ptr + stats, delta1_ptr + stats,
-                    delta2_ptr + stats, lam_head, some if MASKED else every, every if MASKED else nq, first_key, nq, nk,
-                    stride_qt, stride_qp, stride_o, stride_lt, scale, D, E, ROWS, COLUMNS, STAGES, SHARED, LAM_TOKEN,
-                    MASKED, INTERPRET,
+                    delta2_ptr + stats, lam_head, q_desc, grad_desc, lse_desc, delta_desc, row.to(tl.int32),
+                    head.to(tl.int32), some if MASKED else every, every if MASKED else nq, first_key, nq, nk, stride_qt,
+                    stride_qp, stride_o, stride_lt, scale, D, E, ROWS, COLUMNS, STAGES, SHARED, LAM_TOKEN, MASKED,
+                    INTERPRET,
                 )  # fmt: skip
     if PADDED:
         # A row of these sums belongs to one key, so that a key that nobody sees is struck out once, at the end.

@@ -33,8 +33,26 @@ def narrow(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, first, count, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
-    """Rows ``first, ..., first + ROWS - 1`` of a matrix with ``count`` rows; zero beyond when MASKED."""
+def load_rows(
+    ptr,
+    first,
+    count,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+    desc=None,
+    row=0,
+    head=0,
+    member=0,
+):
+    """Rows ``first, ..., first + ROWS - 1`` of a matrix with ``count`` rows; zero beyond when MASKED.
+
+    With a descriptor of the whole tensor (`difftune.ops.triton.descriptors`) they come by TMA and not by pointers, from
+    ``tensor[row, head, member]``, and are zero beyond its rows in any case.
+    """
+    if desc is not None:
+        return desc.load([row, head, member, first, 0]).reshape(ROWS, COLUMNS)
     rows = first + tl.arange(0, ROWS)
     # Int64 for each row, as a tensor: the offset may pass 2^31 elements, and a wide scalar offset for the whole tile
     # makes ptxas put waits between the products of the loop (warning C7515).

@@ -35,6 +35,8 @@ class Tiles(NamedTuple):
     """Of the kernel for the gradient of the queries."""
     sequential: bool = False
     """One map after the other in the forward, where two accumulators do not fit the registers."""
+    descriptors: bool = False
+    """The kernel for keys and values walks over queries by TMA instead of pointers, where they lie as TMA asks."""
 
 
 SMALL = 0
@@ -46,7 +48,7 @@ float32 on any GPU, of which larger tiles do not fit the shared memory."""
 _V1_90 = {
     32: Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
     64: Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    128: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), sequential=True),
+    128: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), sequential=True, descriptors=True),
 }
 _V2_90 = {
     32: Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),

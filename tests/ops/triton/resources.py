@@ -20,9 +20,10 @@ from typing import Any
 RECORD = Path(__file__).with_suffix(".json")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 FLOATS = {"lam_ptr", "weight_ptr", "lse1_ptr", "lse2_ptr", "delta1_ptr", "delta2_ptr"}
-# Architecture, kernel, kind, head dim: the shapes that fill the register file.
+# Architecture, kernel and form, kind, head dim: the shapes that fill the register file.
 KERNELS = [
     *((90, name, "v1", D) for D in (64, 128) for name in ("forward", "keys", "queries")),
+    (90, "keys pointers", "v1", 128),
     *((90, name, "v2", 128) for name in ("forward", "keys")),
     *((80, name, "v1", D) for D in (64, 128) for name in ("forward", "keys")),
     (80, "queries", "v1", 128),
@@ -30,7 +31,10 @@ KERNELS = [
 
 
 def compile_kernel(arch: int, name: str, kind: str, D: int, **features: bool) -> tuple[Any, str]:
-    """A kernel as it is launched on bfloat16, causal, for one architecture; and ptxas's log."""
+    """A kernel as it is launched on bfloat16, causal, for one architecture; and ptxas's log.
+
+    ``name`` is "forward", "keys" or "queries"; with " pointers", without the descriptors that the table asks for.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -40,6 +44,7 @@ def compile_kernel(arch: int, name: str, kind: str, D: int, **features: bool) ->
     from difftune.ops.triton.forward import forward_kernel
     from difftune.ops.triton.tiles import TILES
 
+    name, _, form = name.partition(" ")
     kernel = {"forward": forward_kernel, "keys": keys_kernel, "queries": queries_kernel}[name]
     E = 2 * D if kind == "v1" else D
     tiles = TILES[arch][D, E]
@@ -49,10 +54,17 @@ def compile_kernel(arch: int, name: str, kind: str, D: int, **features: bool) ->
         "VARLEN": False, "PADDED": False, "SHARED": kind == "v2", "LAM_TOKEN": kind == "v2", "NORM": kind == "v1",
         "SEQUENTIAL": tiles.sequential, "INTERPRET": False, **features,
     }  # fmt: skip
+    described = {}
+    if tiles.descriptors and form != "pointers":
+        described = {f"{x}_desc": f"tensordesc<bf16[1, 1, 1, {tile.rows}, {n}]>" for x, n in (("q", D), ("grad", E))}
+        described |= dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[1, 1, 1, {tile.rows}]>")
     absent = {"cu_ptr": "VARLEN", "mask_ptr": "PADDED", "weight_ptr": "NORM"}
     signature, values, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument in constants or not constants.get(absent.get(argument, ""), True):
+        if argument in described:
+            signature[argument] = described[argument]
+            continue
+        if argument in constants or argument.endswith("_desc") or not constants.get(absent.get(argument, ""), True):
             signature[argument], values[argument] = "constexpr", constants.get(argument)
             continue
         if argument.endswith("_ptr"):
