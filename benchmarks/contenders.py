@@ -72,9 +72,9 @@ class Contender(NamedTuple):
 
 def contenders(case: Case, compiled: bool) -> dict[str, Contender]:
     """What runs on the device of ``case``, the baseline first; ``compiled`` asks for those that torch compiles too."""
-    found = {BASELINE: Contender(to_diffllama_layout, _diffllama)}
+    found = {BASELINE: Contender(_diffllama_layout, _diffllama)}
     if compiled:
-        found[f"{BASELINE}, compiled"] = Contender(to_diffllama_layout, _compiled_diffllama())
+        found[f"{BASELINE}, compiled"] = Contender(_diffllama_layout, _compiled_diffllama())
         # On the CPU FlexAttention has no backward; for decoding it would need masks of its own.
         if case.device == "cuda" and case.queries == case.length:
             found["FlexAttention, d_v = 2 d"] = Contender(_ours_layout, _flex(case.length))
@@ -83,7 +83,7 @@ def contenders(case: Case, compiled: bool) -> dict[str, Contender]:
         found[name] = Contender(_ours_layout, _ours(backend))
     if case.device == "cuda" and case.queries == case.length and importlib.util.find_spec("flex_head_fa"):
         found["flex_head_fa, 2 calls"] = Contender(_ours_layout, _flex_head_fa)
-    found[VANILLA] = Contender(to_diffllama_layout, _vanilla)
+    found[VANILLA] = Contender(_diffllama_layout, _vanilla)
     return found
 
 
@@ -141,7 +141,19 @@ def saved_per_head(way: Contender, case: Case) -> float:
 
 
 def _ours_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return q.clone(), k.clone(), v.clone()
+    return q.clone(), *_in_cache(q, k.clone(), v.clone())
+
+
+def _diffllama_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    q, k, v = to_diffllama_layout(q, k, v)
+    return q, *_in_cache(q, k, v)
+
+
+def _in_cache(q: torch.Tensor, *cached: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values as they lie in a cache, tokens of a group one after another, where queries are fewer."""
+    if q.shape[1] == cached[0].shape[1]:
+        return cached
+    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in cached)
 
 
 def _norm_weight(x: torch.Tensor, size: int) -> torch.Tensor:

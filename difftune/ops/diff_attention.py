@@ -12,7 +12,7 @@ import torch
 from difftune.ops import flash, reference
 from difftune.ops.documents import Documents
 from difftune.ops.rms_norm import rms_norm
-from difftune.ops.sdpa import sdpa_attention
+from difftune.ops.sdpa import few_queries, forms_difference_first, sdpa_attention
 from difftune.ops.shapes import check_diff_shapes, check_norm_weight, check_softmax_shapes, check_visibility
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ def diff_attention(
         return triton_diff_attention(q, k, v, lam, norm_weight=norm_weight, norm_eps=norm_eps, **options)
     if backend == "reference":
         out = reference.reference_diff_attention(q, k, v, lam, **options)
+    elif backend == "sdpa" and forms_difference_first(q, k, v, lam, options["documents"]):
+        out = few_queries(q, k, v, lam, **options)
     else:
         out = _composed(_attention_of(backend), q, k, v, lam, **options)
     return out if norm_weight is None else rms_norm(out, norm_weight.to(out.dtype), norm_eps)

@@ -2,7 +2,8 @@
 
 Torch's fused kernels want values as wide as the keys and no dense mask. Differential V1 has values twice as wide, so
 on the CPU queries and keys are padded with zeros (the softmax is computed once, 10 to 20 % faster than two calls);
-elsewhere the values are cut into pieces, one call each, since fused GPU kernels end at 128 or 256 dims a head.
+elsewhere the values are cut into pieces, one call each, since fused GPU kernels end at 128 or 256 dims a head. A few
+queries over many keys, as in decoding, are another matter on the CPU: there the maps are small enough to be subtracted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 
 from difftune.ops.documents import Documents
 from difftune.ops.shapes import visible
+
+_FEW_QUERIES = 8
 
 
 def sdpa_attention(
@@ -69,3 +72,51 @@ def _fused(
     ]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return out.transpose(1, 2)
+
+
+def forms_difference_first(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lam: torch.Tensor, documents: Documents | None
+) -> bool:
+    """Whether :func:`few_queries` is the faster way: decoding on the CPU, where the maps are small and V is large."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, lam))
+    # Half precision would round the logits.
+    fits = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and documents is None
+    return fits and not learns and q.shape[1] <= _FEW_QUERIES < k.shape[1]
+
+
+def few_queries(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lam: torch.Tensor,
+    *,
+    causal: bool,
+    key_padding_mask: torch.Tensor | None,
+    documents: Documents | None,
+    scale: float,
+) -> torch.Tensor:
+    """``(A_1 - lam A_2) v`` with the difference formed first, so that V is read once: ``(B, T, H, E)``.
+
+    Arguments as `difftune.ops.diff_attention`, inside :func:`forms_difference_first`.
+    """
+    assert documents is None
+    (_B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
+    # Query heads of a group are rows of one product. A map at a time: with the pair inside, torch would copy the cache.
+    q_BGPRD = (q * scale).unflatten(2, (G, H // G)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
+    k_BGPDS = k.permute(0, 2, 3, 4, 1).expand(-1, -1, 2, -1, -1)
+    logits_BGPRS = torch.stack([torch.matmul(q_BGPRD[:, :, p], k_BGPDS[:, :, p]) for p in (0, 1)], dim=2)
+    mask = visible(T, S, q.device, causal, key_padding_mask, None)
+    if mask is None:
+        maps = logits_BGPRS.softmax(-1)
+    else:
+        hidden = ~mask.repeat_interleave(H // G, dim=1)[:, None, None]
+        # Finite, so that a row that sees no key is not NaN before it is zeroed.
+        lowest = torch.finfo(q.dtype).min
+        maps = logits_BGPRS.masked_fill_(hidden, lowest).softmax(-1).masked_fill_(hidden, 0.0)
+    if lam.ndim == 3:
+        lam = lam.unflatten(2, (G, H // G)).permute(0, 2, 1, 3).flatten(2)[..., None]
+    elif lam.ndim == 1:
+        lam = lam.unflatten(0, (G, H // G)).repeat(1, T)[..., None]
+    difference = torch.addcmul(maps[:, :, 0], maps[:, :, 1], -lam.to(q.dtype))
+    out_BGRE = torch.matmul(difference, v.transpose(1, 2))
+    return out_BGRE.unflatten(2, (T, H // G)).permute(0, 2, 1, 3, 4).flatten(2, 3)

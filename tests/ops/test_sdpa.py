@@ -1,8 +1,11 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
-from difftune.ops import Documents
+from difftune.ops import Documents, diff_attention
 from difftune.ops.sdpa import sdpa_attention
+from tests.ops.equation import make_inputs, scales_of
+from tests.tolerances import assert_within_budget
 
 
 def calls_of(monkeypatch):
@@ -54,3 +57,32 @@ def test_documents_never_see_one_another():
     k[:, :5], v[:, :5] = 7.0, -3.0
     after = sdpa_attention(q, k, v, **options)
     assert (before[:, :5] != after[:, :5]).any() and torch.equal(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+@pytest.mark.parametrize("lam", ["layer", "head", "token"])
+@pytest.mark.parametrize(("T", "padding"), [(1, "left"), (1, None), (3, "right"), (8, "left")])
+@pytest.mark.parametrize("G", [4, 2, 1])
+def test_decoding_subtracts_the_maps_and_equals_the_equation(monkeypatch, kind, lam, T, padding, G):
+    calls = calls_of(monkeypatch)
+    inputs = make_inputs((2, T, 40, 4, G, 8), kind, lam, torch.float32)
+    masks = {}
+    if padding is not None:
+        # The first row has keys that only some queries see; the last of its left-padded keys hides every earlier one.
+        masks["key_padding_mask"] = torch.ones(2, 40, dtype=torch.bool)
+        masks["key_padding_mask"][0, slice(37) if padding == "left" else slice(30, None)] = False
+    precise = [x.double() for x in inputs]
+    truth, plain = (diff_attention(*x, backend="reference", **masks) for x in (precise, inputs))
+    ours = diff_attention(*inputs, backend="sdpa", **masks)
+    assert calls == [] and ours.dtype == torch.float32
+    scale = scales_of(precise, torch.zeros_like(truth), masks)["out"]
+    assert_within_budget("out", ours, plain, truth, scale)
+
+
+def test_what_learns_or_is_long_takes_the_fused_path(monkeypatch):
+    calls = calls_of(monkeypatch)
+    for T, dtype, learns in ((9, torch.float32, False), (1, torch.float32, True), (1, torch.bfloat16, False)):
+        q, k, v, lam = make_inputs((1, T, 20, 2, 2, 8), "v1", "layer", dtype)
+        diff_attention(q.requires_grad_(learns), k, v, lam, backend="sdpa")
+        assert len(calls) == 2
+        calls.clear()
