@@ -1,7 +1,13 @@
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.ops import Documents, diff_attention
 from difftune.ops.triton import forward
 from difftune.ops.triton.attention import triton_diff_attention
@@ -142,3 +148,27 @@ def test_documents_prepared_once_serve_the_kernels(device):
     options = {"causal": True, "key_padding_mask": None, "scale": 32**-0.5, "norm_weight": None, "norm_eps": 0.0}
     direct = triton_diff_attention(q, k, v, lam, documents=Documents(cu_seqlens), **options)
     torch.testing.assert_close(attend(q, k, v, lam, cu_seqlens=cu_seqlens), direct, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["diff_v1", "diff_v2"])
+def test_a_model_under_fsdp2_has_the_gradients_of_one_that_is_not_sharded(device, kind, tmp_path):
+    """Parameters as DTensors, gathered around each block, whose backward calls the operator's own."""
+    shape = {"hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = DiffTransformerConfig(vocab_size=17, attention=kind, head_dim=32, attention_backend="triton", **shape)
+    plain = DiffTransformerForCausalLM(config).to(device)
+    sharded = copy.deepcopy(plain)
+    tokens = torch.arange(12, device=device)[None] % 17
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device, (1,))
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        for model in (plain, sharded):
+            model(tokens, labels=tokens).loss.backward()
+        gradients = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6)
