@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 # Before torch and transformers are imported: they read these once.
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell starts its background jobs with Ctrl-C ignored, and Python leaves it so: tests of it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Bitwise comparisons need the same split of the sums, whatever the machine.
 torch.set_num_threads(1)
