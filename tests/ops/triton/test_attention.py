@@ -25,9 +25,12 @@ def attend(q, k, v, lam, weight=None, **options):
     return diff_attention(q, k, v, lam, norm_weight=weight, backend="triton", **options)
 
 
-def test_the_operator_keeps_what_torch_asks_of_operators(device):
+@pytest.mark.parametrize(
+    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+)
+def test_the_operator_keeps_what_torch_asks_of_operators(device, utility):
     arguments = (*leaves(device), None, None, 0, True, 0.2, 1e-5)
-    torch.library.opcheck(torch.ops.difftune.diff_attention_forward.default, arguments)
+    torch.library.opcheck(torch.ops.difftune.diff_attention_forward.default, arguments, test_utils=utility)
 
 
 def test_the_operator_takes_documents_and_padding(device):

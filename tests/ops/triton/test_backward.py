@@ -24,7 +24,7 @@ def gradients(problem, cotangent):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_the_same_every_time_bit_by_bit(dtype, device):
-    problem = problem_of(device, lam="head", dtype=dtype, shape=(2, 20, 20, 2, 1, 32))
+    problem = problem_of(device, lam="head", dtype=dtype, shape=(1, 20, 20, 2, 1, 32))
     cotangent = torch.randn(problem.out_shape).to(device, dtype)
     first, second = gradients(problem, cotangent), gradients(problem, cotangent)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
