@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one 
 
 import difflib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -36,6 +37,8 @@ class UsageError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
     _disable_telemetry()
+    # It advises another package for a fast path that our 4-bit layers turn off, since that path loses gradients.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:

@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it says, and its exit codes."""
 
+import logging
 import subprocess
 import sys
 import types
@@ -315,6 +316,11 @@ def test_the_launcher_is_the_same_command_line() -> None:
         times.append(time.perf_counter() - start)
         assert done.returncode == 0 and done.stdout.rstrip("\n") == cli.help_text()
     assert min(times) < 0.5
+
+
+def test_advice_of_a_package_that_we_do_not_follow_is_not_shown() -> None:
+    assert cli.main(["--version"]) == 0
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
