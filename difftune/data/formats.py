@@ -221,6 +221,41 @@ def read_gsm8k(columns: Columns) -> Example | Dropped:
     return read_question_answer(columns)
 
 
+def read_math(columns: Columns) -> Example | Dropped:
+    r"""`problem` and `solution`, whose last \boxed{} is the answer: the MATH set."""
+    solution = _text(columns, "solution")
+    answer = _last_box(solution)
+    return Dropped("no boxed answer") if not answer else _question_and_target(columns, "problem", solution, answer)
+
+
+def read_svamp(columns: Columns) -> Example | Dropped:
+    """`Body`, `Question`, `Answer`: SVAMP."""
+    return _body_and_question(columns, "Body", "Question", _text(columns, "Answer"))
+
+
+def read_asdiv(columns: Columns) -> Example | Dropped:
+    """`body`, `question`, `answer` with its unit in brackets, such as "9 (apples)": ASDiv."""
+    return _body_and_question(columns, "body", "question", re.sub(r"\s*\([^()]*\)\s*$", "", _text(columns, "answer")))
+
+
+def read_calc_x(columns: Columns) -> Example | Dropped:
+    """`question` and `result`: the sets of Calc-X, such as MAWPS."""
+    answer = _text(columns, "result").strip()
+    return _question_and_target(columns, "question", answer, answer)
+
+
+def read_tabmwp(columns: Columns) -> Example | Dropped:
+    """`table`, `question`, `answer`, and perhaps `table_title` and `choices`: TABMWP, asked as ToRA's harness does."""
+    title = _text(columns, "table_title") if columns.get("table_title") else ""
+    regarding = f' regarding "{title}"' if title else ""
+    question = f"Read the following table{regarding} and answer a question:\n{_text(columns, 'table')}\n"
+    question += _text(columns, "question")
+    if columns.get("choices"):
+        question += f" Please select from the following options: {list(columns['choices'])}"
+    answer = _text(columns, "answer").strip()
+    return _question_and_target({**columns, "question": question}, "question", answer, answer)
+
+
 FORMATS: dict[str, Format] = {
     "messages": Format(read_messages, ("messages",), absent=("conversations", "problem")),
     "prompt_completion": Format(read_prompt_completion, ("prompt", "completion")),
@@ -232,6 +267,11 @@ FORMATS: dict[str, Format] = {
     "openmathinstruct2": Format(read_openmathinstruct2, ("problem", "generated_solution", "expected_answer")),
     "metamathqa": Format(read_metamathqa, ("query", "response")),
     "numina": Format(read_numina, ("problem", "solution", "messages"), absent=("conversations", "answer")),
+    "math": Format(read_math, ()),
+    "svamp": Format(read_svamp, ("Body", "Question", "Answer")),
+    "asdiv": Format(read_asdiv, ()),
+    "calc_x": Format(read_calc_x, ()),
+    "tabmwp": Format(read_tabmwp, ()),
 }
 """Every format by name."""
 
@@ -244,6 +284,26 @@ def _question_and_target(columns: Columns, question: str, target: str, answer: s
         return Dropped("empty target")
     turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": target.strip()}]
     return Example(turns, answer=answer, id=_id(columns))
+
+
+def _body_and_question(columns: Columns, body: str, question: str, answer: str) -> Example | Dropped:
+    """A story, ended by a full stop where it has no end, and what is asked about it."""
+    story = _text(columns, body).strip()
+    story += "" if not story or story[-1] in ".!?" else "."
+    asked = {**columns, question: f"{story} {_text(columns, question).strip()}".strip()}
+    answer = re.sub(r"\.0$", "", answer.strip())
+    return _question_and_target(asked, question, answer, answer)
+
+
+def _last_box(text: str) -> str | None:
+    r"""What the last \boxed{} of a reference holds; what a model writes needs more (`evaluation.answers`)."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for at in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : at].strip()
+    return None
 
 
 def _text(columns: Columns, name: str) -> str:

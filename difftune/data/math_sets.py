@@ -11,56 +11,60 @@ from difftune.data.sources import Source, read_rows
 class MathSet:
     """Where a set is."""
 
-    hub_id: str | None = None
-    """Data set of the hub whose rows are read as they are. None: there is none, only files."""
+    path: str | None = None
+    """A file, or the id of a data set of the hub. None: the hub has none that is known here."""
     hub_name: str | None = None
     """Its configuration."""
+    split: str = "test"
+    """The split that has the problems."""
+    format: str = "auto"
+    """What its columns are, by name of `difftune.data.formats.FORMATS`."""
 
 
 MATH_SETS = {
     "gsm8k": MathSet("openai/gsm8k", "main"),
-    "math": MathSet(),
-    "svamp": MathSet(),
-    "asdiv": MathSet(),
-    "mawps": MathSet(),
+    "math": MathSet("DigitalLearningGmbH/MATH-lighteval", "default", format="math"),
+    "svamp": MathSet("ChilleD/SVAMP", format="svamp"),
+    "asdiv": MathSet("EleutherAI/asdiv", split="validation", format="asdiv"),
+    "mawps": MathSet("MU-NLPC/Calc-mawps", format="calc_x"),
     "carp": MathSet(),
-    "tabmwp": MathSet(),
-    "college_math": MathSet(),
+    "tabmwp": MathSet("Arietem/tabmwp", split="train", format="tabmwp"),
+    "college_math": MathSet("di-zhang-fdu/College_Math_Test"),
 }
-"""GSM-8K, MATH, SVAMP, ASDiv, MAWPS, CARP, TABMWP and CollegeMath.
+"""GSM-8K, MATH, SVAMP, ASDiv, MAWPS, CARP, TABMWP and CollegeMath, on the hub.
+
+The hub's copies of SVAMP, ASDiv, MAWPS and TABMWP have other problems than the files of the Qwen2.5-Math harness, or
+fewer; docs/how-to/evaluate.md says how many, and how sure each id is.
 
 Source:
     Ye et al., "Differential Transformer", arXiv:2410.05258, appendix C and Fig. 10.
 """
 
 
-def locate_math_set(path: str, folder: str | None) -> tuple[str, str | None]:
+def locate_math_set(path: str, folder: str | None) -> MathSet:
     """Where the problems of a path or a name are.
 
     Args:
         path: A path as of `Source`, or a name of `MATH_SETS`; what exists on disk wins.
         folder: Folder with a file NAME.jsonl for each name, with columns question (or problem) and answer.
 
-    Returns:
-        Path or hub id, and the configuration of the hub data set.
-
     Raises:
-        ValueError: If the name's file is not there and the hub has no set that is read as it is.
+        ValueError: If the name's file is not there, and the hub has none that is known.
     """
     if path not in MATH_SETS or Path(path).exists():
-        return path, None
+        return MathSet(path)
     if folder is not None:
         file = Path(folder).expanduser() / f"{path}.jsonl"
         if not file.is_file():
             raise ValueError(f"{file} is not there: folder must hold {path}.jsonl, with columns question and answer")
-        return str(file), None
+        return MathSet(str(file))
     known = MATH_SETS[path]
-    if known.hub_id is None:
+    if known.path is None:
         raise ValueError(
-            f"{path} is not on the hub in a form that is read as it is: set folder to a folder with {path}.jsonl, "
+            f"no data set of the hub is known for {path}: set folder to a folder with {path}.jsonl, "
             "columns question and answer (docs/how-to/evaluate.md says where it comes from)"
         )
-    return known.hub_id, known.hub_name
+    return known
 
 
 def load_demonstrations(

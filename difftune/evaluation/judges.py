@@ -1,4 +1,6 @@
-"""Who says whether a text is free of hallucination: a judge behind an endpoint, or, without one, a count of words.
+"""Who says whether a text is free of hallucination: a judge behind an endpoint, or a count of words.
+
+A third one, a local classifier, is in `difftune.evaluation.entailment`.
 
 Source:
     Chuang et al., "Lookback Lens" (2024), whose protocol the paper follows, asks GPT-4o: given document, reference and
@@ -243,7 +245,7 @@ class SpanSupportJudge:
         missing = [word for word in told if word not in source]
         support = 1 - len(missing) / len(told) if told else 0.0
         numbers = [word for word in missing if any(character.isdigit() for character in word)]
-        right = claim.question is None or any(_contains(claim.text, gold) for gold in claim.gold)
+        right = claim.question is None or any(contains(claim.text, gold) for gold in claim.gold)
         verdict = bool(told) and support >= self.threshold and not numbers and right
         reason = f"{support:.2f} of {len(told)} words supported; not: {', '.join(dict.fromkeys(missing)) or 'none'}"
         return Judgement("true" if verdict else "false", reason + ("" if right else "; no valid answer"))
@@ -260,7 +262,13 @@ def words(text: str) -> list[str]:
     return [word.replace(",", "") if word[:1].isdigit() else word for word in found if word]
 
 
-def _contains(text: str, gold: str) -> bool:
+def contains(text: str, gold: str) -> bool:
+    """Whether the words of an answer stand together in a text.
+
+    Example:
+        >>> contains("It was in the year 1,204.", "1204"), contains("Trojan", "Troy")
+        (True, False)
+    """
     inside, wanted = words(text), words(gold)
     starts = range(len(inside) - len(wanted) + 1)
     return bool(wanted) and any(inside[start : start + len(wanted)] == wanted for start in starts)

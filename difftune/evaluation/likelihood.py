@@ -1,8 +1,9 @@
 """How likely a model finds given tokens, a chunk at a time with the cache: memory is linear in the length."""
 
+import copy
 import heapq
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import nn
 from difftune.evaluation.task import Clock
 
 log = logging.getLogger(__name__)
+
+Path = tuple[int, ...]
+"""The beginning of a continuation."""
+
+# More would mostly read what cannot win.
+_MOST_TOGETHER = 16
 
 
 def token_nll(model: Any, ids: torch.Tensor, *, chunk_size: int, clock: Clock | None = None) -> torch.Tensor | None:
@@ -49,10 +56,13 @@ class Reader:
         model: A causal language model of transformers' kind, in evaluation mode.
         chunk_size: Tokens of one forward pass.
         clock: Looked at before every forward pass.
+        max_batch_tokens: Tokens in the cache of continuations that are read together, each with a copy of all that was
+            read; a text of more than half of it is continued one by one.
     """
 
-    def __init__(self, model: Any, *, chunk_size: int, clock: Clock) -> None:
+    def __init__(self, model: Any, *, chunk_size: int, clock: Clock, max_batch_tokens: int = 16384) -> None:
         self.model, self._chunk_size, self._clock = model, chunk_size, clock
+        self._max_batch_tokens = max_batch_tokens
         self._cache: Any = None
         self.ids: list[int] = []
         """What was read."""
@@ -91,7 +101,8 @@ class Reader:
         """Read on, then find the continuation of the highest log-likelihood, by constrained decoding.
 
         It equals scoring every continuation, but shares what they have in common and leaves out those that cannot win:
-        beginnings are extended in the order of their log-likelihood, which only falls with every token.
+        beginnings are extended in the order of their log-likelihood, which only falls with every token, several
+        together, each as far as there is no choice.
 
         Args:
             ids: Tokens to read first, at least one; forgotten afterwards.
@@ -105,26 +116,66 @@ class Reader:
             first = self.read(ids)
             if first is None:
                 return None
-            prefix = len(self.ids)
+            together = max(1, min(_MOST_TOGETHER, self._max_batch_tokens // len(self.ids)))
             wanted = {tuple(tokens): index for index, tokens in enumerate(continuations)}
-            following: dict[tuple[int, ...], set[int]] = {}
+            following: dict[Path, set[int]] = {}
             for tokens in wanted:
                 for at, token in enumerate(tokens):
                     following.setdefault(tokens[:at], set()).add(token)
             # The highest log-likelihood first; equal ones in the order of the tokens, so that it is always the same.
-            queue: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-            while True:
-                cost, path = heapq.heappop(queue)
-                if path in wanted:
-                    return wanted[path], -cost
-                self.back_to(prefix)
-                scores = self.read(path) if path else first
+            queue: list[tuple[float, Path]] = [(-float(first[token]), (token,)) for token in following[()]]
+            heapq.heapify(queue)
+            while queue[0][1] not in wanted:
+                begun_paths = []
+                while queue and queue[0][1] not in wanted and len(begun_paths) < together:
+                    begun_paths.append(heapq.heappop(queue))
+                whole = [_without_choice(path, following) for _, path in begun_paths]
+                # Nobody asks what comes after the end of a continuation.
+                scores = self._read_branches([path[:-1] if path in wanted else path for path in whole])
                 if scores is None:
                     return None
-                for token in following[path]:
-                    heapq.heappush(queue, (cost - float(scores[token]), (*path, token)))
+                for (cost, path), end, log_probs in zip(begun_paths, whole, scores, strict=True):
+                    for at in range(len(path), len(end)):
+                        cost -= float(log_probs[at - 1, end[at]])
+                    if end in wanted:
+                        heapq.heappush(queue, (cost, end))
+                    for token in following.get(end, ()):
+                        heapq.heappush(queue, (cost - float(log_probs[len(end) - 1, token]), (*end, token)))
+            cost, path = queue[0]
+            return wanted[path], -cost
         finally:
             self.back_to(begun)
+
+    def _read_branches(self, paths: Sequence[Path]) -> list[torch.Tensor] | None:
+        """Read several continuations of what was read, and forget them.
+
+        Returns:
+            For each, log-probabilities of the token after each of its tokens, shape (its length, V), float32; None if
+            the time was over.
+        """
+        if self._clock.is_over():
+            return None
+        width = max(map(len, paths))
+        # Padding on the right is hidden by the causal mask.
+        tokens = torch.tensor([[*path, *[path[-1]] * (width - len(path))] for path in paths])
+        branches = copy.copy(self._cache)
+        if hasattr(branches, "layers"):
+            branches.layers = [copy.copy(layer) for layer in branches.layers]
+            for layer in branches.layers:
+                layer.keys = layer.keys.expand(len(paths), *layer.keys.shape[1:])
+                layer.values = layer.values.expand(len(paths), *layer.values.shape[1:])
+        output = self.model(
+            input_ids=tokens.to(device_of(self.model)), past_key_values=branches, use_cache=True, logits_to_keep=width
+        )
+        log_probs = output.logits.float().log_softmax(-1)
+        return [log_probs[row, : len(path)] for row, path in enumerate(paths)]
+
+
+def _without_choice(path: Path, following: Mapping[Path, set[int]]) -> Path:
+    """A beginning with all that must come next, up to an end or a choice."""
+    while len(following.get(path, ())) == 1:
+        path = (*path, *following[path])
+    return path
 
 
 def device_of(model: nn.Module) -> torch.device:

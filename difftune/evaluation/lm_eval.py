@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 from rich.table import Table
@@ -118,15 +119,19 @@ class HarnessTask(ItemTask[HarnessSample]):
             raise ValueError(f"task {self.name!r} names no task of the harness: lm_eval:hellaswag,arc_easy")
         if importlib.util.find_spec("lm_eval") is None:
             raise ImportError(INSTALL)
-        from lm_eval.tasks import TaskManager
-
-        self._manager = TaskManager(include_path=self.include_path)
-        unknown = [task for task in self.tasks if not self._manager.match_tasks([task])]
+        self._manager = _task_manager(self.include_path, include_defaults=self.include_path is None)
+        unknown = self._unknown()
+        if unknown and self.include_path is not None:
+            self._manager = _task_manager(self.include_path, include_defaults=True)
+            unknown = self._unknown()
         if unknown:
             raise ValueError(
                 f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` shows all, and "
                 "include_path names a folder with more"
             )
+
+    def _unknown(self) -> list[str]:
+        return [task for task in self.tasks if not self._manager.match_tasks([task])]
 
     @property
     def num_items(self) -> int:
@@ -181,6 +186,14 @@ class HarnessTask(ItemTask[HarnessSample]):
         }
         counts = found.get("n-samples", {})
         return HarnessSample(index, task, figures, sum(count["effective"] for count in counts.values()))
+
+
+@cache
+def _task_manager(include_path: str | None, *, include_defaults: bool) -> Any:
+    """The harness's index of tasks: its own, more than ten thousand files, only where they are needed."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def figure_name(task: str, metric: str) -> str | None:

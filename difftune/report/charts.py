@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 500, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 28, 38
 MOST_POINTS = 500
 """A curve of more points is drawn by the means of neighbours."""
 
@@ -31,6 +31,8 @@ class Line:
     """SVG dash pattern; empty: solid."""
     markers: bool = False
     """Draw the points too."""
+    halves: Sequence[float] = ()
+    """Half of an interval around each y, drawn as a bar; NaN for none. Empty: no bars. For few points only."""
 
 
 def line_chart(
@@ -63,7 +65,8 @@ def line_chart(
         return ""
     log_y = log_y and min(y for _, y in finite) > 0
     x_low, x_high = _widened(min(x for x, _ in finite), max(x for x, _ in finite), 0)
-    low, high = y_range or _widened(min(y for _, y in finite), max(y for _, y in finite), 0 if log_y else 0.06)
+    reached = [y for _, y in finite] + [end for line, _ in drawn for _, bounds in _bars(line) for end in bounds]
+    low, high = y_range or _widened(min(reached), max(reached), 0 if log_y else 0.06)
     if log_y:
         low, high = math.log10(low), math.log10(high)
         low, high = _widened(low, high, 0.05)
@@ -89,13 +92,28 @@ def line_chart(
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (_LEFT + width - _RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="{_LEFT - 44}" y="12">{escape(y_label)}</text>')
     parts.append(f'<line class="cross" y1="{_TOP}" y2="{base}"/>')
     for line, points in drawn:
+        parts += [
+            f'<line class="bar" x1="{x_at(x)}" x2="{x_at(x)}" y1="{y_at(bounds[0])}" y2="{y_at(bounds[1])}" '
+            f'stroke="{line.colour}"/>'
+            for x, bounds in _bars(line)
+        ]
         parts += _curve(line, points, x_at, y_at)
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)} over '
         f'{escape(x_label)}" data-x="{escape(x_label)}">{"".join(parts)}</svg>'
     )
+
+
+def _bars(line: Line) -> list[tuple[float, tuple[float, float]]]:
+    """x, and the ends of the interval around y, where there is one."""
+    return [
+        (x, (y - half, y + half))
+        for (x, y), half in zip(line.points, line.halves or [math.nan] * len(line.points), strict=True)
+        if math.isfinite(y) and math.isfinite(half)
+    ]
 
 
 def _curve(
@@ -130,7 +148,7 @@ def heat_map(
 ) -> str:
     """A grid of shares in 0..1, each with its number, from white (0) to a deep green (1); NaN is left empty."""
     cell_width = max(34, min(64, (WIDTH - 70) // max(1, len(columns))))
-    cell_height, left, top = 28, 52, 8
+    cell_height, left, top = 28, 52, 22
     width = left + cell_width * len(columns) + 10
     height = top + cell_height * len(rows) + 40
     parts = []
@@ -153,6 +171,7 @@ def heat_map(
         parts.append(f'<text class="tick" x="{centre}" y="{y}" text-anchor="middle">{escape(name)}</text>')
     middle = left + cell_width * len(columns) / 2
     parts.append(f'<text class="label" x="{middle}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="{left - 44}" y="13">{escape(y_label)}</text>')
     label = f"{y_label} by {x_label}"
     return (
         f'<svg class="heat" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '

@@ -25,6 +25,8 @@ _T95_BEYOND = ((120, 1.980), (60, 2.000), (40, 2.021))
 _DETAILS = re.compile(
     r"_layer_\d+|_depth_\d+|_low\b|_high\b|_low_\d+bit|_high_\d+bit|/n\b|/n_\d+bit|/seconds\b|_top_(2|3|10)\b"
 )
+# How answers look: worth a row only where runs differ in it.
+_ASIDE = re.compile(r"/(truncated|unparsed|mean_length|chance)(_\d+bit)?$")
 _LAST_PART = 0.1
 
 FINAL_LOSS = "final training loss"
@@ -46,7 +48,9 @@ class Estimate:
         """Mean and half width, to the same place."""
         if math.isnan(self.half):
             return f"{self.mean:,.0f}" if abs(self.mean) >= 1000 else f"{self.mean:.4g}"
-        places = max(0, min(6, 1 - math.floor(math.log10(self.half)))) if self.half > 0 else 4
+        if self.half == 0:
+            return f"{self.mean:,.4g} ± 0"
+        places = max(0, min(6, 1 - math.floor(math.log10(self.half))))
         return f"{self.mean:,.{places}f} ± {self.half:,.{places}f}"
 
 
@@ -72,6 +76,8 @@ class Comparison:
     """By metric, an estimate for each group; None where a group does not have it."""
     differences: dict[str, Estimate]
     """By metric, first group minus second one, where there are two groups of at least two runs."""
+    same: dict[str, float]
+    """Metrics of how answers look that are the same in all runs (more than one), and so have no row."""
 
 
 def t95(degrees: float) -> float:
@@ -130,12 +136,17 @@ def compare_runs(paths: Sequence[str | Path], *, metrics: Sequence[str] = ()) ->
         raise ValueError(f"no metric matches {', '.join(metrics)}; there are {', '.join(sorted(names)) or 'none'}")
     rows: dict[str, list[Estimate | None]] = {}
     differences: dict[str, Estimate] = {}
+    same: dict[str, float] = {}
     for name in chosen:
         found = [[value for run in group.runs if (value := _values(run).get(name)) is not None] for group in groups]
+        values = [value for group in found for value in group]
+        if not metrics and _ASIDE.search(name) and len(values) > 1 and len(set(values)) == 1:
+            same[name] = values[0]
+            continue
         rows[name] = [estimate(values) if values else None for values in found]
         if len(groups) == 2 and all(len(values) > 1 for values in found):
             differences[name] = difference(*found)
-    return Comparison(groups, rows, differences)
+    return Comparison(groups, rows, differences, same)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -152,21 +163,37 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The comparison for a terminal."""
-    table = Table(title="mean ± half of the 95% interval over seeds", title_justify="left")
-    table.add_column("metric")
+    """The comparison for a terminal: the figures of a task beneath its name."""
+    title = "mean ± half of the 95% interval over seeds"
+    table = Table(title=title, title_justify="left", caption=same_text(comparison) or None, caption_justify="left")
+    table.add_column("metric", overflow="fold")
     for group in comparison.groups:
         table.add_column(
-            f"{group.label} ({len(group.runs)} {'run' if len(group.runs) == 1 else 'runs'})", justify="right"
+            f"{group.label} ({len(group.runs)} {'run' if len(group.runs) == 1 else 'runs'})",
+            justify="right",
+            overflow="fold",
         )
     if comparison.differences:
         table.add_column("difference", justify="right")
+    task = ""
     for name, estimates in comparison.rows.items():
-        cells = [shown_name(name), *("-" if one is None else str(one) for one in estimates)]
+        before, _, figure = shown_name(name).rpartition("/")
+        if before and before != task:
+            # Under the name of its task a metric's own is short enough for a narrow terminal.
+            table.add_row(f"{before}/", style="bold")
+        task = before
+        shown = f"  {figure}" if before else figure
+        cells = [shown, *("-" if one is None else str(one) for one in estimates)]
         if comparison.differences:
             cells.append(str(comparison.differences[name]) if name in comparison.differences else "-")
         table.add_row(*cells)
     return table
+
+
+def same_text(comparison: Comparison) -> str:
+    """A line about the metrics that are the same in all runs; empty where there are none."""
+    values = ", ".join(f"{shown_name(name)} {value:.4g}" for name, value in comparison.same.items())
+    return f"The same in all runs: {values}." if values else ""
 
 
 def shown_name(metric: str) -> str:

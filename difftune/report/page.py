@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from difftune.report.compare import Comparison, Group, compare_runs, group_runs, shown_name
+from difftune.report.compare import Comparison, Group, compare_runs, group_runs, same_text, shown_name
 from difftune.report.curves import evaluation_charts, lambda_charts, loss_charts, speed_charts
 from difftune.report.paper import paper_charts
 from difftune.report.probes import attention_section, bits_section, needle_section, nll_section, outlier_section
@@ -119,7 +119,8 @@ def _summary(paths: Sequence[str | Path], groups: list[Group]) -> str:
         if seeds > 1
         else "One run of each recipe: chance between seeds is not known. The last value of each metric."
     )
-    return f"<p>{note}</p>{_comparison_html(comparison)}"
+    same = same_text(comparison)
+    return f"<p>{note}</p>{_comparison_html(comparison)}{f'<p><small>{escape(same)}</small></p>' if same else ''}"
 
 
 def _comparison_html(comparison: Comparison) -> str:

@@ -160,11 +160,11 @@ def bits_section(groups: Sequence[Group], styles: dict[str, Style]) -> str:
         for group in groups:
             means = [(bits, _estimate(group, name)) for bits, name in sorted(measures[measured].items())]
             points = [(float(bits), value.mean) for bits, value in means if value is not None]
-            lines.append(
-                Line(_title(group), points, styles[group.label].colour, styles[group.label].dash, markers=True)
-            )
+            halves = [value.half for _, value in means if value is not None]
+            style = styles[group.label]
+            lines.append(Line(_title(group), points, style.colour, style.dash, markers=True, halves=halves))
         chart = line_chart([line for line in lines if line.points], x_label="bits", y_label=measured)
-        figures.append(figure(chart, task, "Mean over runs. At 16 the logits are not rounded."))
+        figures.append(figure(chart, task, "Mean over runs and its 95% interval. At 16 the logits are not rounded."))
     if not any(figures):
         return ""
     beside = line_chart(paper_lines("fig8_hellaswag_vs_bits"), x_label="bits", y_label="accuracy, %")

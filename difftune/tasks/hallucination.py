@@ -33,11 +33,15 @@ class HallucinationTaskConfig(TaskConfig):
     """At most this many documents, the first ones; the paper has 100. null: all."""
     max_new_tokens: int | None = key(None, low=1)
     """Longest text in tokens. null: `evaluation.max_new_tokens`."""
-    judge: str = key("span_support", choices=("span_support", "endpoint"))
-    """`endpoint`: a model behind an OpenAI-compatible endpoint, as in the paper. `span_support`: no judge and no
-    network, but a count of the words that stand in the document; for following one model, not for comparisons."""
+    judge: str = key("span_support", choices=("span_support", "nli", "endpoint"))
+    """`endpoint`: a model behind an OpenAI-compatible endpoint, as in the paper. Without a network, `nli`: whether a
+    local classifier finds every sentence entailed by the document; `span_support`: no judge, but a count of the words
+    that stand in the document, for following one model, not for comparisons."""
     threshold: float = key(0.8, low=0, high=1)
     """Of `span_support`: share of words that must stand in the document."""
+    nli_model: str | None = None
+    """Of `nli`: folder or hub id of a classifier of natural language inference, such as roberta-large-mnli; one of its
+    labels must be called entailment."""
     url: str | None = None
     """Of the endpoint, with its version: https://api.openai.com/v1, http://localhost:8000/v1."""
     judge_model: str = "gpt-4o-2024-05-13"
@@ -56,19 +60,25 @@ class HallucinationTaskConfig(TaskConfig):
         return self.name or Path(self.path).stem
 
     def problems(self, defaults: Defaults) -> list[str]:
-        """An endpoint needs its address."""
+        """A judge must be somewhere."""
+        if self.judge == "nli" and not self.nli_model:
+            return ["nli_model: judge=nli needs the folder of a classifier of natural language inference"]
         if self.judge == "endpoint" and not self.url:
             return ["url: judge=endpoint needs its address, such as http://localhost:8000/v1"]
         return []
 
     def build(self, defaults: Defaults) -> "HallucinationTask":
         """The task with its documents and its judge."""
+        from difftune.evaluation.entailment import load_entailment_judge
         from difftune.evaluation.hallucination import HallucinationTask
         from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
 
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune" / "judge"
         cache = Path(self.cache_dir) if self.cache_dir else home
         judge: Any = SpanSupportJudge(self.threshold)
+        if self.judge == "nli":
+            assert self.nli_model is not None, "checked with the config"
+            judge = load_entailment_judge(self.nli_model)
         if self.judge == "endpoint":
             assert self.url is not None, "checked with the config"
             secret = os.environ.get(self.api_key_env)

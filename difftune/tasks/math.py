@@ -22,13 +22,13 @@ class MathTaskConfig(TaskConfig):
     the paper's eight sets by name: gsm8k, math, svamp, asdiv, mawps, carp, tabmwp, college_math."""
     folder: str | None = None
     """Where the paper's sets are: a file NAME.jsonl for each, with columns question and answer. null: the hub, which
-    has gsm8k in a form that is read as it is."""
+    has all but carp, some of them in other sizes (docs/how-to/evaluate.md)."""
     name: str | None = None
     """Name in metrics and samples. null: the path's last part without its ending."""
     format: str = "auto"
     """Name of the row format. `auto`: recognised by the columns of the first row."""
-    split: str = "test"
-    """Split of a hub data set, a folder or a generator."""
+    split: str | None = None
+    """Split of a hub data set, a folder or a generator. null: that of a set of the paper, else `test`."""
     hub_name: str | None = None
     """Configuration of a hub data set, such as `main` of gsm8k. null: its default."""
     options: dict[str, Any] = key({})
@@ -68,14 +68,16 @@ class MathTaskConfig(TaskConfig):
         from difftune.data.problems import load_problems
         from difftune.evaluation.math import MathTask
 
-        path, hub_name = locate_math_set(self.path, self.folder)
+        where = locate_math_set(self.path, self.folder)
+        assert where.path is not None, "refused by locate_math_set"
+        path = where.path
         problems = load_problems(
             path,
             self.limit,
             defaults.seed,
-            format=self.format,
-            split=self.split,
-            name=self.hub_name or hub_name,
+            format=where.format if self.format == "auto" else self.format,
+            split=self.split or where.split,
+            name=self.hub_name or where.hub_name,
             options=self.options,
         )
         shots = load_demonstrations(self.shots_path, self.num_shots) if self.shots_path else []

@@ -54,12 +54,13 @@ def test_without_time_there_is_no_likelihood() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("max_batch_tokens", [1, 75, 16384])
 def test_the_most_likely_continuation_is_that_of_scoring_all_without_the_cache(
-    model: DiffTransformerForCausalLM,
+    model: DiffTransformerForCausalLM, max_batch_tokens: int
 ) -> None:
     prefix, end = torch.randint(6, 102, (20,)).tolist(), 9
     labels = [[*word, end] for word in ([20], [20, 21], [20, 21, 22], [30, 31], [40], [41, 20, 21, 50, 51])]
-    reader = Reader(model, chunk_size=6, clock=NEVER)
+    reader = Reader(model, chunk_size=6, clock=NEVER, max_batch_tokens=max_batch_tokens)
     reader.read(prefix)
     for query in ([60], [61, 62, 63], torch.randint(6, 102, (15,)).tolist()):
         expected = [score(model, prefix + query, label) for label in labels]
@@ -75,16 +76,31 @@ def test_the_most_likely_continuation_is_that_of_scoring_all_without_the_cache(
 
 
 @torch.no_grad()
-def test_what_cannot_win_is_not_read() -> None:
+@pytest.mark.parametrize(("max_batch_tokens", "rows", "calls"), [(1, 43, 43), (16384, 120, 12)])
+def test_what_cannot_win_is_not_read_and_the_rest_together(max_batch_tokens: int, rows: int, calls: int) -> None:
     model = tiny_model(initializer_range=1.0).eval()
     labels = [list(label) for label in itertools.product(range(10, 16), repeat=3)]
-    reader = Reader(model, chunk_size=64, clock=NEVER)
-    calls: list[int] = []
-    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    reader = Reader(model, chunk_size=64, clock=NEVER, max_batch_tokens=max_batch_tokens)
+    read: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: read.append(len(output)))
     found = reader.most_likely([7, 8], labels)
     hook.remove()
     assert found is not None and labels[found[0]] == max(labels, key=lambda label: score(model, [7, 8], label))
-    assert len(calls) < 1 + 6 + 36
+    assert sum(read) < rows < 216 and len(read) < calls
+
+
+@torch.no_grad()
+def test_what_leaves_no_choice_is_read_at_once() -> None:
+    model = tiny_model().double().eval()
+    labels = [[20, *range(30, 50)], [21, *range(50, 70)]]
+    reader = Reader(model, chunk_size=64, clock=NEVER, max_batch_tokens=1)
+    widths: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    found = reader.most_likely([7, 8], labels)
+    hook.remove()
+    expected = [score(model, [7, 8], label) for label in labels]
+    assert found == (expected.index(max(expected)), pytest.approx(max(expected), abs=4e-5))
+    assert widths == [1, 20, 20], "the question, then each label without its last token"
 
 
 @torch.no_grad()

@@ -1,39 +1,24 @@
-import json
-
 import pytest
 import torch
-import yaml
 from rich.console import Console
 
 from difftune.data.tokenizers import build_tokenizer
+from difftune.evaluation import lm_eval
 from difftune.evaluation.lm_eval import HarnessTask, figure_name
+from tests.evaluation.own_task import CHOICES, write_own_task
 from tests.evaluation.scripted import tiny_model
 
-pytest.importorskip("lm_eval", reason="needs the harness: pip install 'difftune[lm-eval]'")
+TaskManager = pytest.importorskip(
+    "lm_eval.tasks", reason="needs the harness: pip install 'difftune[lm-eval]'"
+).TaskManager
 TOKENIZER = build_tokenizer("digits")
-CHOICES = ["7", "12", "3+4", "x"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A task definition of our own: four choices a question, on disk."""
     folder = tmp_path_factory.mktemp("harness")
-    rows = [{"question": f"{n}+{n}=", "choices": CHOICES, "gold": n % 4} for n in range(6)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    definition = {
-        "task": "own_sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-    (folder / "own_sums.yaml").write_text(yaml.safe_dump(definition))
+    write_own_task(folder)
     return folder
 
 
@@ -72,7 +57,20 @@ def test_when_the_time_is_over_the_task_is_not_counted(task):
     assert samples == [] and not result.complete and result.tables() == [] and str(result) == "not measured"
 
 
-def test_what_the_harness_does_not_know_is_refused():
+def test_what_the_harness_does_not_know_is_refused(monkeypatch, folder):
+    # Its own tasks are more than ten thousand, which would be read here for the sake of a name that is none of them.
+    with_defaults = []
+
+    def own_only(include_path, *, include_defaults):
+        with_defaults.append(include_defaults)
+        return TaskManager(include_path=str(folder), include_defaults=False)
+
+    monkeypatch.setattr(lm_eval, "_task_manager", own_only)
+    with pytest.raises(ValueError, match="no task hellaswag"):
+        HarnessTask("harness", ["own_sums", "hellaswag"], include_path=str(folder))
+    assert with_defaults == [False, True], "the harness's own are looked up where a name is not in the folder"
+    HarnessTask("harness", ["own_sums"], include_path=str(folder))
+    assert with_defaults == [False, True, False]
     with pytest.raises(ValueError, match="no task hellaswagg"):
         HarnessTask("harness", ["hellaswagg"])
     with pytest.raises(ValueError, match="names no task"):

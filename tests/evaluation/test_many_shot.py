@@ -44,17 +44,25 @@ class Classifier(nn.Module):
         self, input_ids: torch.Tensor, past_key_values: Ids | None, use_cache: bool, logits_to_keep: int
     ) -> SimpleNamespace:
         cache = past_key_values or Ids()
-        cache.ids += input_ids[0].tolist()
-        self.read += input_ids.shape[1]
-        *shown, asked = TOKENIZER.decode(cache.ids).split("\n==\n")
-        pairs = [tuple(one.removeprefix("Question: ").split("\nType: ")) for one in shown]
-        text, _, written = asked.removeprefix("Question: ").partition("\nType:")
-        logits = torch.zeros(1, 1, 102)
-        if "\nType:" in asked:
-            answer = f" {self.rule(pairs, text)}\n"
-            if answer.startswith(written) and answer != written:
-                logits[0, 0, TOKENIZER(answer[len(written)], add_special_tokens=False)["input_ids"][0]] = 9.0
+        logits = torch.zeros(len(input_ids), logits_to_keep, 102)
+        for row, new in enumerate(input_ids.tolist()):
+            for kept in range(logits_to_keep):
+                end = len(new) - logits_to_keep + kept + 1
+                token = self.next_token([*cache.ids, *new[:end]])
+                if token is not None:
+                    logits[row, kept, token] = 9.0
+        cache.ids = [*cache.ids, *input_ids[0].tolist()]
+        self.read += input_ids.numel()
         return SimpleNamespace(logits=logits, past_key_values=cache)
+
+    def next_token(self, ids: list[int]) -> int | None:
+        *shown, asked = TOKENIZER.decode(ids).split("\n==\n")
+        pairs = [tuple(one.removeprefix("Question: ").split("\nType: ")) for one in shown]
+        text, found, written = asked.removeprefix("Question: ").partition("\nType:")
+        answer = f" {self.rule(pairs, text)}\n" if found else ""
+        if not answer.startswith(written) or answer == written:
+            return None
+        return int(TOKENIZER(answer[len(written)], add_special_tokens=False)["input_ids"][0])
 
 
 def task(**changes: Any) -> ManyShotTask:

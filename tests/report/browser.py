@@ -18,7 +18,19 @@ addEventListener("load", () => {
     const box = chart.getBoundingClientRect();
     chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 20 }));
   }
-  const report = { errors, charts: count("svg.chart"), allCharts: all("svg.chart"), curves: count("svg .curve"),
+  // Texts of a drawing that lie on one another, by more than the room around the letters.
+  const overlaps = [];
+  for (const drawing of document.querySelectorAll("svg.chart, svg.heat")) {
+    const texts = [...drawing.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
+    texts.forEach(([one, a], at) => texts.slice(at + 1).forEach(([other, b]) => {
+      if (a.left + 2 < b.right && b.left + 2 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom)
+        overlaps.push(one + " / " + other);
+    }));
+  }
+  const labelled = [...document.querySelectorAll("svg.chart, svg.heat")].every(
+    (drawing) => drawing.querySelectorAll("text.label").length === 2);
+  const report = { overlaps, labelled, errors,
+    charts: count("svg.chart"), allCharts: all("svg.chart"), curves: count("svg .curve"),
     heats: count("svg.heat"), maps: [...document.images].filter((i) => i.complete && i.naturalWidth > 1).length,
     allMaps: document.images.length, tip: document.querySelector(".tip")?.textContent ?? "",
     overflow: document.documentElement.scrollWidth > innerWidth };

@@ -76,3 +76,18 @@ def test_a_map_is_a_picture_of_its_numbers():
     assert (
         pixels[1:4] == bytes((24, 66, 140)) and pixels[4:7] == b"\xff\xff\xff" and pixels[8:11] == bytes((176, 44, 38))
     )
+
+
+def test_an_interval_is_a_bar_that_the_axis_makes_room_for():
+    line = Line("a", [(0.0, 1.0), (1.0, 2.0)], "#123", halves=[3.0, math.nan])
+    svg = line_chart([line], x_label="bits", y_label="accuracy")
+    (bar,) = re.findall(r'<line class="bar" x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="([\d.]+)"', svg)
+    (path,) = re.findall(r' d="M([\d.]+) ([\d.]+)L', svg)
+    assert bar[0] == path[0] and float(bar[1]) > float(path[1]) > float(bar[2]) >= 28
+    assert float(bar[1]) - float(path[1]) == pytest.approx(float(path[1]) - float(bar[2]), abs=0.2)
+    assert 'class="bar"' not in curve([(0, 1.0), (1, 2.0)])
+
+
+def test_both_axes_are_named():
+    for svg in (curve([(0, 1.0), (1, 2.0)]), heat_map(["0%"], ["1K"], [[0.5]], x_label="step", y_label="loss")):
+        assert re.findall(r'class="label"[^>]*>(\w+)<', svg) == ["step", "loss"]

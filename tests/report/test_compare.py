@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 from rich.console import Console
@@ -30,7 +31,7 @@ def test_the_interval_is_students():
     found = estimate([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.half == pytest.approx(4.303 / math.sqrt(3)) and found.n == 3
     assert math.isnan(estimate([1.0]).half) and str(estimate([0.123456])) == "0.1235"
-    assert str(estimate([1.0, 1.0])) == "1.0000 ± 0.0000"
+    assert str(estimate([1.0, 1.0])) == "1 ± 0"
     assert (t95(1), t95(30), t95(35), t95(50), t95(1e6), t95(0.5)) == (12.706, 2.042, 2.042, 2.021, 1.980, math.inf)
 
 
@@ -70,8 +71,31 @@ def test_a_group_without_a_metric_has_a_dash_and_one_run_no_interval(runs, tmp_p
 def test_the_command_prints_the_table_and_refuses_a_run_named_twice(runs, capsys):
     assert main(["compare", *runs]) == 0
     shown = capsys.readouterr().out
-    assert "diff_v1 (3 runs)" in shown and "needles/accuracy" in shown and "±" in shown
+    assert "diff_v1 (3 runs)" in shown and re.search(r"needles/ .*\n.*  accuracy .*±", shown)
     assert main(["compare", runs[0], runs[0]]) == 2
     assert "named twice" in capsys.readouterr().err
     assert main(["compare"]) == 2 and "compare needs RUN" in capsys.readouterr().err
     assert main(["compare", runs[0], "optim.lr=1"]) == 2 and "reads no recipe" in capsys.readouterr().err
+
+
+def test_how_answers_look_has_a_row_only_where_runs_differ_in_it(runs, tmp_path, capsys):
+    paths = []
+    for seed, length in ((0, 2.0), (1, 3.0)):
+        figures = {"accuracy": 0.5, "truncated": 1.0, "unparsed_4bit": 0.0, "mean_length": length}
+        metrics = {f"eval/sums/{name}": [(10, value)] for name, value in figures.items()}
+        paths.append(str(write_run(tmp_path / f"run-{seed}", metrics, seed=seed)))
+    comparison = compare_runs(paths)
+    assert list(comparison.rows) == ["eval/sums/accuracy", "eval/sums/mean_length"], "accuracy is never left out"
+    assert comparison.same == {"eval/sums/truncated": 1.0, "eval/sums/unparsed_4bit": 0.0}
+    assert list(compare_runs(paths, metrics=["sums/truncated"]).rows) == ["eval/sums/truncated"]
+    assert compare_runs(paths[:1]).same == {}, "of one run nothing is known"
+    assert main(["compare", *paths]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The same in all runs: sums/truncated 1, sums/unparsed_4bit 0." in shown and "0.5 ± 0" in shown
+
+
+def test_names_of_metrics_are_whole_on_a_narrow_terminal(runs):
+    console = Console(record=True, width=80)
+    console.print(comparison_table(compare_runs(runs)))
+    shown = console.export_text()
+    assert "…" not in shown and re.search(r"noise/ .*\n.*  answer .*±", shown)

