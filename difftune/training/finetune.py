@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class FinetuneModule(LightningModule):
         max_nonfinite_steps: Skipped steps in a row that stop the run, at least 1.
         adapter_config: Of the adapter inside the model, as in ``adapter_config.json``. Checkpoints then hold it, and
             of the weights those that are trained alone. None: the whole model.
+        load_weights: Called with the model and ``device`` when the strategy has sharded it, to fill what is on the meta
+            device. None: the model has its weights.
 
     Raises:
         ValueError: If ``max_nonfinite_steps`` is below 1; at set-up, if the Trainer's precision or clipping
@@ -107,6 +110,7 @@ class FinetuneModule(LightningModule):
         z_loss: float = 0.0,
         max_nonfinite_steps: int = 5,
         adapter_config: dict[str, Any] | None = None,
+        load_weights: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
         if max_nonfinite_steps < 1:
@@ -135,12 +139,16 @@ class FinetuneModule(LightningModule):
         self._loss_divisor: int | None = None
         self._resumed = False
         self._replicated: list[nn.Parameter] = []
+        self._load_weights = load_weights
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy does; a second call changes nothing."""
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
             self._replicated = strategy.shard(self.model)
+            if self._load_weights is not None:
+                self._load_weights(self.model, device=strategy.weights_device)
+                self._replicated = strategy.shard(self.model)
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer settings that would not do what they say; put the model into train mode."""
