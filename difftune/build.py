@@ -237,7 +237,7 @@ def build_module(
         model: To be trained.
         data: The stage's data.
         tokenizer: The student's, for a teacher to be compared with.
-        world_size: Number of processes.
+        world_size: Number of processes that have batches of their own.
         adapted: The model with its adapter, if it has one.
     """
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}

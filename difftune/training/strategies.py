@@ -46,9 +46,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Where this rank keeps its shards."""
         return torch.device("cpu") if self.cpu_offload else self.root_device
 
-    def shard(self, model: nn.Module) -> list[nn.Parameter]:
+    def shard(self, model: nn.Module) -> None:
         """Shard a model over the ranks, as :func:`~difftune.training.sharding.shard_model` does."""
-        return shard_model(model, self.device_mesh, cpu_offload=self.cpu_offload, **self.sharding)
+        shard_model(model, self.device_mesh, cpu_offload=self.cpu_offload, **self.sharding)
 
     def model_to_device(self) -> None:
         """Move the module to the device, but shards that stay on the host."""
