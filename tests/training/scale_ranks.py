@@ -27,6 +27,7 @@ SCENARIOS = {
     "recomputed": {"steps": 3, "checkpoint_every": 2},
     "recomputed_lora": {"steps": 3, "checkpoint_every": 1, "lora": True},
     "kept_gathered": {"steps": 3, "reshard_after_forward": False},
+    "offloaded": {"steps": 3, "cpu_offload": True},
     "nan_on_one_rank": {"steps": 5, "poison": 2},
     "no_labels": {"steps": 5, "data": {"spoil": (2,)}},
     "patience": {"patience": 2},
