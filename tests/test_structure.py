@@ -22,6 +22,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 CONFIG = {
     "config",
     "config_adapter",
+    "config_distill",
     "config_tree",
     "config_build",
     "config_checks",
@@ -47,8 +48,10 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "run_folder": {"environment", "training"},
     "result_folder": {"evaluation"},
     "evaluate": {"evaluation", "report", "result_folder"},
-    "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
-    "prepare": {*CONFIG, "build", "data", "dry_run", "evaluation", "report", "run_folder"},
+    "on_policy": {"data", "evaluation"},
+    "build_distill": {*CONFIG, "checkpoints", "data", "modeling", "on_policy", "training"},
+    "build": {*CONFIG, "build_distill", "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
+    "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder"},
     "run": {
         *CONFIG,
         "build",

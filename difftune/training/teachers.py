@@ -38,7 +38,9 @@ class OnlineTeacher:
                 "token of its student; choose a teacher with the same tokenizer"
             )
         self._vocab_size = vocab_size
-        self._probe()
+        # Without weights there is nothing to try.
+        if self.model.device.type != "meta":
+            self._probe()
 
     def to(self, device: torch.device) -> None:
         """Move the model there."""
