@@ -12,6 +12,7 @@ from difftune.losses import TopK, linear_divergence
 from difftune.modeling.modeling import shift_labels
 from difftune.training.alignment import alignment_loss, attention_outputs
 from difftune.training.finetune import FinetuneModule
+from difftune.training.strategies import FSDP2Strategy
 from difftune.training.teachers import OnlineTeacher
 
 STORED = ("teacher_indices", "teacher_log_probs", "teacher_log_tail")
@@ -82,6 +83,13 @@ class DistillModule(FinetuneModule):
         """Batches of this rank so far."""
         self.align_weight, self.align_steps = align_weight, align_steps
         self.divergence, self.weight, self.temperature, self.beta = divergence, weight, temperature, beta
+
+    def configure_model(self) -> None:
+        """Shard student and teacher, where the strategy does."""
+        super().configure_model()
+        strategy = self.trainer.strategy
+        if self.teacher is not None and isinstance(strategy, FSDP2Strategy):
+            self.teacher.shard(strategy.shard)
 
     def on_train_start(self) -> None:
         """The teacher to the device of the student; the sums of both parts of the loss."""
