@@ -102,10 +102,10 @@ def load_teacher(
         (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") in _OUR_TYPES
     )
     if ours and device != "meta":
-        model = load_model(path_or_hub_id, dtype=dtype)
+        loaded = load_model(path_or_hub_id, dtype=dtype)
         if quantization is not None:
-            quantize_base(model, quantization, compute_dtype=dtype or model.dtype)
-        return model
+            quantize_base(loaded, quantization, compute_dtype=dtype or loaded.dtype)
+        return loaded
     try:
         if device == "meta":
             return _without_weights(folder, ours=ours)

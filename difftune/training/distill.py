@@ -97,7 +97,7 @@ class DistillModule(FinetuneModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
         # Summed divergence, summed cross entropy, its label tokens, and those that the student wrote.
-        self._parts = torch.zeros(4, dtype=self._dtype, device=self.device)
+        self._parts = self._window.new_zeros(4)
 
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Both parts of the loss, weighted and summed over the label tokens, and how many these are."""

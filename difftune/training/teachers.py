@@ -51,7 +51,7 @@ class OnlineTeacher:
 
     def to(self, device: torch.device) -> None:
         """Move the model there."""
-        self.model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
+        self.model.to(device)
 
     def shard(self, shard: Callable[[nn.Module], Any]) -> None:
         """Spread the model over the ranks as the student is; one in 4 bits stays whole on each.
@@ -69,7 +69,7 @@ class OnlineTeacher:
         names = ("input_ids", "position_ids", "attention_mask", *(("cu_seqlens",) if self._is_ours else ()))
         inputs = {name: batch[name] for name in names if name in batch}
         # Without a mask, transformers reads the borders of packed documents from positions that begin anew.
-        hidden = self.model.hidden_states_of(**inputs)  # type: ignore[operator]  # see __init__
+        hidden = self.model.hidden_states_of(**inputs)
         # After it: the head of a sharded model is whole from then on.
         return TeacherStates(hidden, self._head()[: self._vocab_size])
 
