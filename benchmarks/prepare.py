@@ -1,10 +1,12 @@
 """Tokens a second of `difftune prepare`, against the tokenizer alone on the same texts in the same run.
 
-python -m benchmarks.prepare [--workers 2] [--rows 20000] [--rounds 3]
+python -m benchmarks.prepare [--workers 2] [--rows 4000] [--characters 8000] [--rounds 3]
 
 The rows are chats like R1 traces: a question, and some thousand characters of Python's standard library as the answer.
 The tokenizer is a byte-level BPE trained on that library. Reading, the chat template, the label mask and writing are
-counted for difftune, and nothing of them for the tokenizer alone, which is the limit.
+counted for difftune, and nothing of them for the tokenizer alone, which is the limit. Tokens of a CPU second, over all
+threads and processes, tell less of what else the machine does. Then the peak of resident memory, in processes of their
+own, with a quarter of the rows and with all of them: it must not depend on the rows.
 """
 
 import argparse
@@ -13,35 +15,61 @@ import json
 import os
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import interleaved, machine, spread, table
-
-CHARACTERS = 8000
+from benchmarks.common import PeakMemory, interleaved, machine, report, run_child, spread, table
 
 
-def write_rows(path: Path, rows: int) -> list[str]:
+def write_rows(path: Path, rows: int, characters: int) -> list[str]:
     """Write the chats; return their answers."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     answers = []
     with path.open("w") as stream:
         for n in range(rows):
-            start = n * 977 % (len(text) - CHARACTERS)
-            answers.append(f"<think>\n{text[start : start + CHARACTERS]}\n</think>\n\nThe answer is {n}.")
+            start = n * 977 % (len(text) - characters)
+            answers.append(f"<think>\n{text[start : start + characters]}\n</think>\n\nThe answer is {n}.")
             turns = [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": answers[-1]}]
             stream.write(json.dumps({"messages": turns}) + "\n")
     return answers
 
 
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def measure_memory(folder: Path, rows: int, workers: int) -> None:
+    """Tokenise the first rows, and report the peaks of this process and of the largest of its children."""
+    import resource
+
+    from transformers import AutoTokenizer
+
+    from difftune.data.sources import Source
+    from difftune.data.token_cache import load_tokenized
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    peak = PeakMemory()
+    load_tokenized(
+        Source(str(folder / "rows.jsonl"), limit=rows), tokenizer, folder / f"memory-{rows}", workers=workers
+    )
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    report(total=peak.total_gib, above=peak.above_start_gib, child=child)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--characters", type=int, default=8000, help="of an answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=32_768)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.memory:
+        return measure_memory(Path(args.memory), args.rows, args.workers)
     # Before the library starts its threads: as many as there are processes on the other side.
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -55,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        answers = write_rows(file, args.rows)
+        answers = write_rows(file, args.rows, args.characters)
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -70,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>"
         )
         tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(Path(folder) / "tokenizer")
         source, calls = Source(str(file)), 0
         hashes: set[str] = set()
 
@@ -93,7 +122,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "prepare, 1 process": lambda: prepared(1),
             f"prepare, {args.workers} processes": lambda: prepared(args.workers),
         }
-        seconds = interleaved(tools, args.rounds)
+        used: dict[str, list[float]] = {name: [] for name in tools}
+
+        def counted(name: str, call: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                start = cpu_seconds()
+                call()
+                used[name].append(cpu_seconds() - start)
+
+            return run
+
+        seconds = interleaved({name: counted(name, call) for name, call in tools.items()}, args.rounds)
+        peaks = [
+            (rows, run_child("benchmarks.prepare", _memory_arguments(folder, rows, args.workers), 1))
+            for rows in (max(1, args.rows // 4), args.rows)
+        ]
     if len(hashes) != 1:
         raise SystemExit(f"{len(hashes)} different results from the same rows. No speed is printed for a wrong result.")
     rows = []
@@ -102,10 +145,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens = sizes["tokenizer alone" if name.startswith("tokenizer") else "prepare"]
         speeds = [tokens / s for s in taken]
         shares = [speed / most for speed, most in zip(speeds, limit, strict=True)]
-        rows.append([name, spread([speed / 1e3 for speed in speeds], 0), spread(shares)])
-    print(f"{args.rows} chats of {CHARACTERS} characters, {sizes['prepare']:,} tokens, BPE of {args.vocab_size}")
+        # The first call was not timed.
+        cpu = [tokens / s / 1e3 for s in used[name][1:]]
+        rows.append([name, spread([speed / 1e3 for speed in speeds], 0), spread(shares), spread(cpu, 0)])
+    print(f"{args.rows} chats of {args.characters} characters, {sizes['prepare']:,} tokens, BPE of {args.vocab_size}")
     print(machine(args.workers, "tokenizers", "transformers"))
-    print(table(["", "1000 tokens/s", "of the tokenizer alone"], rows))
+    print(table(["", "1000 tokens/s", "of the tokenizer alone", "1000 tokens a CPU second"], rows))
+    memory = [
+        [f"{count:,}", *(f"{peak[name] * 1024:.0f}" for name in ("total", "above", "child"))] for count, peak in peaks
+    ]
+    print(table(["rows", "peak MiB of the first process", "above its start", "of the largest worker"], memory))
+
+
+def _memory_arguments(folder: str, rows: int, workers: int) -> list[str]:
+    return ["--memory", folder, "--rows", str(rows), "--workers", str(workers)]
 
 
 if __name__ == "__main__":

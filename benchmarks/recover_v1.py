@@ -1,14 +1,18 @@
 """How much of what a Llama loses when it becomes DIFF V1 comes back, with and without the Llama as teacher.
 
-python -m benchmarks.recover_v1 [--steps 1000] [--recovery 130] [--hidden-size 128]
+python -m benchmarks.recover_v1 [--steps 800] [--recovery 65] [--seeds 4] [--hidden-size 64]
 
-A small Llama is trained for some minutes on Python's standard library as bytes and converted as `difftune convert` does
-it. Each way then trains the same copy on the same rows; the loss is taken on files that were held out. The share
-recovered is that of the loss that the conversion added; per 100K tokens, of which a recovery of 130 steps has 200K.
+A small Llama is trained for a minute on Python's standard library as bytes and converted as `difftune convert` does it.
+Each way then trains the same copy on the same rows; the loss is taken on files that were held out. The share recovered
+is that of the loss that the conversion added. 65 steps are 100K tokens. Every row is printed when it is there, and at
+the end the mean over the seeds with a 95% interval (Student's t), and of the difference from cross entropy alone, seed
+by seed. The last row trains the Llama itself on by the same steps: what the text still had to teach.
 """
 
 import argparse
 import copy
+import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -27,23 +31,27 @@ from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher
 
 TEST_ROWS = 128
+BASELINE = "cross entropy alone"
+LLAMA = "(the Llama itself, cross entropy)"
 WAYS = {
-    "cross entropy alone": None,
+    BASELINE: None,
     "half cross entropy, half forward KL": {"weight": 0.5},
     "forward KL": {"weight": 1.0},
     "reverse KL": {"weight": 1.0, "divergence": "reverse_kl"},
     "forward KL, attention outputs matched first": {"weight": 1.0, "align_weight": 1.0},
 }
+# Two-sided 95% of Student's t by degrees of freedom.
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class Rows(IterableDataset):
     """The same rows for every way."""
 
-    def __init__(self, content: torch.Tensor) -> None:
-        self.content = content
+    def __init__(self, content: torch.Tensor, seed: int) -> None:
+        self.content, self.seed = content, seed
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(2)
+        generator = torch.Generator().manual_seed(self.seed)
         while True:
             ids = rows_of(self.content, ROWS, generator)
             yield {"input_ids": ids, "labels": ids.clone()}
@@ -52,21 +60,21 @@ class Rows(IterableDataset):
 class Bytes(LightningDataModule):
     """A loader of them."""
 
-    def __init__(self, content: torch.Tensor) -> None:
+    def __init__(self, content: torch.Tensor, seed: int) -> None:
         super().__init__()
-        self.content = content
+        self.rows = Rows(content, seed)
 
     def train_dataloader(self) -> DataLoader:
         """Endless."""
-        return DataLoader(Rows(self.content), batch_size=None)
+        return DataLoader(self.rows, batch_size=None)
 
 
 def recover(
-    model: nn.Module, teacher: LlamaForCausalLM, way: dict | None, content: torch.Tensor, steps: int
+    model: nn.Module, teacher: LlamaForCausalLM, way: dict | None, data: Bytes, steps: int, lr: float
 ) -> nn.Module:
-    """Train a copy of the converted model, one way."""
+    """Train a copy of a model, one way."""
     student = copy.deepcopy(model)
-    options = {"lr": 5e-4, "weight_decay": 0.0, "warmup_steps": max(1, steps // 10), "total_steps": steps}
+    options = {"lr": lr, "weight_decay": 0.0, "warmup_steps": max(1, steps // 10), "total_steps": steps}
     if way is None:
         module = FinetuneModule(student, **options)
     else:
@@ -83,24 +91,17 @@ def recover(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, Bytes(content))
+    trainer.fit(module, data)
     return student
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--recovery", type=int, default=130)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    learned, held_out = library_bytes()
+def prepare(seed: int, hidden_size: int, steps: int, learned: torch.Tensor) -> tuple[LlamaForCausalLM, nn.Module]:
+    """A Llama that was trained, and what `difftune convert` makes of it."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=args.hidden_size,
-        intermediate_size=3 * args.hidden_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -110,26 +111,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         bos_token_id=None,
         eos_token_id=None,
     )
-    llama = train(LlamaForCausalLM(config), learned, args.steps, 3e-3, seed=1)
+    llama = train(LlamaForCausalLM(config), learned, steps, 3e-3, seed=2 * seed + 1)
     own = config_from_llama(config)
     target = config_to_v1(own, subln="plain", lambda_init=0.05)
     tensors = {name: tensor for name, tensor in llama.state_dict().items() if name != "lm_head.weight"}
-    converted = build(target, dict(to_diff_v1(own, target, in_order(tensors))))
+    return llama, build(target, dict(to_diff_v1(own, target, in_order(tensors))))
 
-    before, after = loss(llama, held_out, TEST_ROWS), loss(converted, held_out, TEST_ROWS)
-    lost = after - before
-    rows = [["the Llama", f"{before:.4f}", "", ""], ["converted", f"{after:.4f}", "0%", ""]]
+
+def interval(values: Sequence[float], unit: str = "{:+.1%}") -> str:
+    """Mean and half the width of its 95% interval."""
+    mean = unit.format(statistics.fmean(values))
+    if len(values) < 2:
+        return mean
+    half = _T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {unit.format(half).lstrip('+')}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=800, help="of the Llama's training")
+    parser.add_argument("--recovery", type=int, default=65, help="steps of each way")
+    parser.add_argument("--seeds", type=int, default=4, choices=range(1, 11), metavar="1 to 10")
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    learned, held_out = library_bytes()
     amount = args.recovery * ROWS * LENGTH / 1e5
-    for name, way in WAYS.items():
-        end = loss(recover(converted, llama, way, learned, args.recovery), held_out, TEST_ROWS)
-        share = (after - end) / lost
-        rows.append([name, f"{end:.4f}", f"{share:.0%}", f"{share / amount:.0%}"])
     print(
         f"Loss on held-out bytes, nats; Llama of hidden {args.hidden_size}, {args.steps} steps; {args.recovery} steps "
-        f"of recovery, {amount:.2f} x 100K tokens"
+        f"of recovery at lr {args.lr:g}, {amount:.2f} x 100K tokens"
     )
-    print(machine(args.threads, "transformers"))
-    print(table(["way", "loss", "recovered", "per 100K tokens"], rows))
+    print(machine(args.threads, "transformers"), flush=True)
+    shares: dict[str, list[float]] = {name: [] for name in [*WAYS, LLAMA]}
+    losts = []
+    for seed in range(args.seeds):
+        llama, converted = prepare(seed, args.hidden_size, args.steps, learned)
+        before, after = loss(llama, held_out, TEST_ROWS), loss(converted, held_out, TEST_ROWS)
+        losts.append(after - before)
+        print(f"seed {seed}: the Llama {before:.4f}, converted {after:.4f}", flush=True)
+        for name in shares:
+            data, start = Bytes(learned, 2 * seed + 2), llama if name == LLAMA else converted
+            end = loss(recover(start, llama, WAYS.get(name), data, args.recovery, args.lr), held_out, TEST_ROWS)
+            shares[name].append((after - end) / losts[-1])
+            print(f"seed {seed}: {name}: {end:.4f}, recovered {shares[name][-1]:.1%}", flush=True)
+    rows = []
+    for name, found in shares.items():
+        ahead = [share - base for share, base in zip(found, shares[BASELINE], strict=True)]
+        each = [share / amount for share in found]
+        rows.append([name, interval(found), interval(each), "" if name in (BASELINE, LLAMA) else interval(ahead)])
+    print(f"lost by the conversion, nats: {interval(losts, '{:.4f}')}; {args.seeds} seeds, mean and 95% interval")
+    print(table(["way", "recovered", "per 100K tokens", "ahead of cross entropy alone"], rows))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from difftune.build_distill import build_distill_module, teacher_settings
 from difftune.build_scale import build_fresh_skeleton, build_stage_strategy, build_stored_skeleton
-from difftune.checkpoints.adapters import base_of_adapter, describe_config, load_adapter
-from difftune.checkpoints.load import load_model, load_teacher, read_architecture
+from difftune.checkpoints.adapters import describe_config, load_adapter, tokenizer_folder
+from difftune.checkpoints.load import load_model, read_architecture
 from difftune.checkpoints.sharded import StoredWeights, fill_model, weightless_projections
 from difftune.config import Config, EvaluationConfig, ModelConfig, StageConfig
 from difftune.config_checks import task_defaults
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
-from difftune.data.teacher_store import TeacherSettings
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
-from difftune.data.tokenizers import require_same_tokens
 from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.early_stop import Patience
 from difftune.evaluation.math import MathTask
@@ -35,13 +34,11 @@ from difftune.modeling.quantized import quantize_base
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
 from difftune.training.checkpoint import Checkpointing
-from difftune.training.distill import DistillModule
 from difftune.training.finetune import FinetuneModule
 from difftune.training.flops import ModelFlops
 from difftune.training.lambda_warmup import LambdaWarmup
 from difftune.training.loggers import build_loggers
 from difftune.training.preemption import Preemption
-from difftune.training.teachers import OnlineTeacher
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +48,7 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return build_named_tokenizer(config.tokenizer)
     assert config.model.path is not None, "checked with the config"
-    return build_named_tokenizer(_tokenizer_of(config.model.path))
-
-
-def _tokenizer_of(path: str) -> str:
-    """Where the tokenizer of a model is."""
-    # A checkpoint has no tokenizer of its own; that of its run lies above it.
-    above = [folder / "tokenizer" for folder in Path(path).absolute().parents[:3]]
-    own = (Path(path) / "tokenizer_config.json").is_file()
-    near = path if own else next((str(folder) for folder in above if folder.is_dir()), None)
-    if near is None and (base := base_of_adapter(path)) is not None:
-        return _tokenizer_of(base)
-    return near or path
+    return build_named_tokenizer(tokenizer_folder(config.model.path))
 
 
 def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
@@ -185,40 +171,6 @@ def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
     )
 
 
-def teacher_settings(stage: StageConfig) -> TeacherSettings | None:
-    """What is stored of the teacher of a stage; None if nothing is."""
-    distill = stage.distill
-    if distill.teacher is None or distill.top_k is None:
-        return None
-    return TeacherSettings(
-        teacher=distill.teacher,
-        top_k=distill.top_k,
-        temperature=distill.temperature,
-        seq_len=stage.data.seq_len,
-        overlong=stage.data.overlong,
-        dtype=distill.stored_dtype,
-    )
-
-
-def build_teacher(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> OnlineTeacher:
-    """The teacher of a stage, loaded and checked.
-
-    Args:
-        stage: Names it.
-        tokenizer: The student's.
-        vocab_size: Rows of the student's head.
-
-    Raises:
-        ValueError: If it cannot be loaded or cannot teach this student.
-    """
-    distill = stage.distill
-    assert distill.teacher is not None, "asked for only where there is one"
-    theirs = build_named_tokenizer(_tokenizer_of(distill.teacher))
-    require_same_tokens(tokenizer, theirs, distill.teacher)
-    dtype = None if distill.teacher_dtype is None else getattr(torch, distill.teacher_dtype)
-    return OnlineTeacher(load_teacher(distill.teacher, dtype), vocab_size=vocab_size)
-
-
 def build_module(
     stage: StageConfig,
     model: DiffTransformerForCausalLM,
@@ -243,20 +195,9 @@ def build_module(
     options["total_steps"] = total_steps(stage, data, world_size)
     if (weights := getattr(model, "weights_on_disk", None)) is not None:
         options["load_weights"] = partial(fill_model, weights=weights)
-    distill = stage.distill
-    if distill.teacher is None:
+    if stage.distill.teacher is None:
         return FinetuneModule(model, **options)
-    return DistillModule(
-        model,
-        teacher=None if distill.top_k is not None else build_teacher(stage, tokenizer, model.config.vocab_size),
-        divergence=distill.divergence,
-        weight=distill.weight,
-        temperature=distill.temperature,
-        beta=distill.beta,
-        align_weight=distill.align_weight,
-        align_steps=distill.align_steps,
-        **options,
-    )
+    return build_distill_module(stage, model, tokenizer, options)
 
 
 def build_tasks(config: EvaluationConfig) -> list[Task[Any]]:

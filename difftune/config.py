@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from difftune.config_adapter import AdapterConfig
+from difftune.config_distill import DistillConfig
 from difftune.config_field import key as _key
 from difftune.config_scale import FsdpConfig
 from difftune.tasks.base import TaskConfig
@@ -165,32 +166,6 @@ class OptimConfig:
     """Weight of the squared log-partition penalty; 0: none."""
     max_nonfinite_steps: int = _key(5, low=1)
     """Optimiser steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
-
-
-@dataclass
-class DistillConfig:
-    """Learning from a teacher's distribution beside the labels."""
-
-    teacher: str | None = None
-    """Folder or hub id of a model with the student's tokenizer, ours or transformers'. null: no distillation."""
-    weight: float = _key(0.5, above=0, high=1)
-    """Weight of the divergence; the cross entropy has the rest of 1."""
-    divergence: str = _key("forward_kl", choices=("forward_kl", "reverse_kl", "generalized_jsd"))
-    """`forward_kl` is KL(teacher, student), `reverse_kl` KL(student, teacher)."""
-    temperature: float = _key(1.0, above=0)
-    """Divides the logits of both; the divergence is multiplied by its square."""
-    beta: float = _key(0.5, above=0)
-    """Weight of the teacher in the mixture of `generalized_jsd`, below 1."""
-    top_k: int | None = _key(None, low=1)
-    """Train on so many tokens of the teacher, stored by `difftune prepare --teacher`. null: the teacher runs beside."""
-    align_weight: float = _key(0.0, low=0)
-    """Weight, at the first step, of matching attention outputs to those of the teacher that the student was made of."""
-    align_steps: int = _key(0, low=0)
-    """Optimiser steps over which that weight falls to 0."""
-    stored_dtype: str = _key("float16", choices=("float16", "float32"))
-    """Of stored log-probabilities."""
-    teacher_dtype: str | None = _key(None, choices=("float32", "bfloat16", "float16"))
-    """Of the teacher's weights in memory. null: as stored."""
 
 
 @dataclass

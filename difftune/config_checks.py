@@ -152,6 +152,11 @@ def _distill_problems(stage: StageConfig) -> list[str]:
         problems.append("distill.align_weight: works for align_steps steps; set both, or neither")
     if distill.align_weight and distill.top_k is not None:
         problems.append("distill.align_weight: needs the teacher in the process; leave out top_k")
+    if distill.on_policy_share and distill.top_k is not None:
+        problems.append(
+            "distill.on_policy_share: what the student will write is not known when a teacher is stored; leave out "
+            "top_k, or set on_policy_share=0"
+        )
     if distill.top_k is not None and stage.data.streaming:
         problems.append(
             "distill.top_k: a stored teacher belongs to a tokenised set, and data.streaming reads rows as they come; "

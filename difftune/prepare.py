@@ -17,10 +17,9 @@ from difftune.build import (
     build_model,
     build_module,
     build_tasks,
-    build_teacher,
-    teacher_settings,
     total_steps,
 )
+from difftune.build_distill import build_teacher, teacher_settings
 from difftune.config import Config, StageConfig
 from difftune.data.chat import Encoded, TeacherRows
 from difftune.data.datamodule import SFTDataModule

@@ -59,6 +59,10 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
             "distill.align_weight: needs the teacher in the process; leave out top_k",
         ),
         (
+            ["distill.teacher=t", "distill.on_policy_share=0.5", "distill.top_k=4"],
+            "distill.on_policy_share: what the student will write is not known when a teacher is stored; leave out",
+        ),
+        (
             ["export={format: diffllama}", "model.attention=diff_v2"],
             "export.format: diffllama holds diff_v1 only, and model.attention is",
         ),

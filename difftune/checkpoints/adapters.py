@@ -216,6 +216,17 @@ def base_of_adapter(source: str | Path) -> str | None:
     return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 
+def tokenizer_folder(path: str) -> str:
+    """Where the tokenizer of a model is: in its folder, above a checkpoint, or with the base of an adapter."""
+    # A checkpoint has no tokenizer of its own; that of its run lies above it.
+    above = [folder / "tokenizer" for folder in Path(path).absolute().parents[:3]]
+    own = (Path(path) / "tokenizer_config.json").is_file()
+    near = path if own else next((str(folder) for folder in above if folder.is_dir()), None)
+    if near is None and (base := base_of_adapter(path)) is not None:
+        return tokenizer_folder(base)
+    return near or path
+
+
 def adapter_base(source: str | Path) -> str:
     """The base model that an adapter names, if it can be had.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
 from difftune.checkpoints.diffllama import config_from_diffllama, load_diffllama
 from difftune.checkpoints.folders import (
@@ -21,6 +21,7 @@ from difftune.checkpoints.llama import FAMILIES
 from difftune.checkpoints.shards import STATE_DICT_SUFFIXES
 from difftune.checkpoints.unilm_config import UNILM_MODEL_TYPE
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.modeling.quantized import keep_layout, quantization_config, quantize_base
 
 _OUR_TYPES = ("difftune", "diffllama")
 _READABLE = (
@@ -113,31 +114,53 @@ def find_model(path_or_hub_id: str | Path) -> tuple[Path, str]:
     return folder, model_type
 
 
-def load_teacher(path_or_hub_id: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_teacher(
+    path_or_hub_id: str, dtype: torch.dtype | None = None, *, quantization: str | None = None, device: str = "cpu"
+) -> PreTrainedModel:
     """Load a model to learn from: one of ours, or any causal language model that transformers loads by itself.
 
     Args:
         path_or_hub_id: The folder, or ``owner/name`` on the Hugging Face hub.
         dtype: Of the weights. Default: as stored.
+        quantization: ``nf4`` holds the linear layers of the blocks in 4 bits, and computes in ``dtype``.
+        device: "cpu", or "meta" for a model without weights.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode.
 
     Raises:
+        ImportError: If it is to be quantised, and bitsandbytes is not installed.
         ValueError: If nothing is there, or transformers cannot load it.
     """
     folder = resolve_folder(path_or_hub_id)
     ours = (folder / TRAINING_WEIGHTS).is_file() or (
         (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") in _OUR_TYPES
     )
-    if ours:
-        return load_model(path_or_hub_id, dtype=dtype)
+    if ours and device != "meta":
+        loaded = load_model(path_or_hub_id, dtype=dtype)
+        if quantization is not None:
+            quantize_base(loaded, quantization, compute_dtype=dtype or loaded.dtype)
+        return loaded
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
+        if device == "meta":
+            return _without_weights(folder, ours=ours)
+        options = {} if quantization is None else {"quantization_config": quantization_config(quantization, dtype)}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the teacher {path_or_hub_id} could not be loaded by transformers: {str(error).splitlines()[0]}"
         ) from error
+    if quantization is not None:
+        keep_layout(model)
+    return model
+
+
+def _without_weights(folder: Path, *, ours: bool) -> PreTrainedModel:
+    """The architecture of a teacher on the meta device."""
+    with torch.device("meta"):
+        if ours:
+            return DiffTransformerForCausalLM(read_config(folder, DiffTransformerConfig)).eval()
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
 
 
 def _load_difftune(

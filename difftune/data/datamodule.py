@@ -140,9 +140,13 @@ class SFTDataModule(pl.LightningDataModule):
             if corpus is None:
                 raise ValueError(f"{', '.join(source.path for source in self._sources)}: no row")
         else:
-            sets = [load_tokenized(source, self._tokenizer, self._cache_dir) for source in self._sources]
             if self._teacher is not None:
                 assert self._cache_dir is not None, "what is stored of a teacher lies in the cache"
+                # Before the tokens are made: without what is stored nothing is written.
+                for source in self._sources:
+                    self._teacher.require(source, self._tokenizer, self._cache_dir)
+            sets = [load_tokenized(source, self._tokenizer, self._cache_dir) for source in self._sources]
+            if self._teacher is not None and self._cache_dir is not None:
                 sets = [
                     with_teacher(part, source, self._tokenizer, self._cache_dir, self._teacher)
                     for part, source in zip(sets, self._sources, strict=True)

@@ -42,12 +42,28 @@ class TeacherSettings:
     """"drop": documents longer than `seq_len` are not scored; else their first `seq_len` tokens are."""
     dtype: str = "float16"
     """Of the stored log-probabilities; the tail's are float32."""
+    quantization: str | None = None
+    """How the teacher's weights are held; None: plain."""
 
     def entry(self, source: Source, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
         """The folder in which the values for a source are, or would be."""
         tokens = cache_entry(source, tokenizer, cache_dir)
         key = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return tokens.with_name(f"{tokens.name}-teacher-{key}")
+
+    def require(self, source: Source, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> None:
+        """Check that the tokens of a source and the values for them are there, without writing anything.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        tokens, entry = cache_entry(source, tokenizer, cache_dir), self.entry(source, tokenizer, cache_dir)
+        if not all((folder / "meta.json").is_file() for folder in (tokens, entry)):
+            raise ValueError(
+                f"nothing is stored of the teacher {self.teacher} for {source.path} with top_k={self.top_k}, "
+                f"temperature={self.temperature:g} and seq_len={self.seq_len} in {cache_dir}: run `difftune prepare "
+                "--teacher` with this recipe first, or leave out distill.top_k to run the teacher while training"
+            )
 
 
 def with_teacher(
@@ -62,13 +78,8 @@ def with_teacher(
     Raises:
         ValueError: If nothing is stored for this source, tokenizer and settings, or it is damaged.
     """
+    settings.require(source, tokenizer, cache_dir)
     entry = settings.entry(source, tokenizer, cache_dir)
-    if not (entry / "meta.json").is_file():
-        raise ValueError(
-            f"nothing is stored of the teacher {settings.teacher} for {source.path} with top_k={settings.top_k}, "
-            f"temperature={settings.temperature:g}, seq_len={settings.seq_len}, in {cache_dir}: run `difftune prepare "
-            "--teacher` with this recipe first, or leave out distill.top_k to run the teacher while training"
-        )
     labels = json.loads((entry / "meta.json").read_bytes())["labels"]
     k = settings.top_k
     try:

@@ -65,6 +65,9 @@ def load_tokenized(
     if cache_dir is None:
         return _join(list(_tokenized(source, tokenizer, workers, 0)), source)
     entry = cache_entry(source, tokenizer, cache_dir)
+    # What is there is whole, by renaming: reading it writes nothing, no lock either.
+    if (cached := open_entry(entry, source.path)) is not None:
+        return cached
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(entry.with_name(f"{entry.name}.lock")):
         if (cached := open_entry(entry, source.path)) is None:

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Generation:
     """The model ended it itself, by the end-of-text token or a stop string."""
     interrupted: bool = False
     """Not finished, and cut or not even begun because the time was over. Neither: `max_new_tokens` were reached."""
+    ids: tuple[int, ...] = field(default=(), compare=False)
+    """The new tokens, the end-of-text token included."""
 
 
 def generate_texts(
@@ -158,7 +160,7 @@ def _read(
     # A row that is short although the time was not over met a stop string that began in its prompt.
     short = len(row) < max_new_tokens
     finished = ended or bool(marks) or (short and not rang)
-    return Generation(text, len(row), finished, interrupted=short and not finished)
+    return Generation(text, len(row), finished, interrupted=short and not finished, ids=tuple(row))
 
 
 class _Clock(StoppingCriteria):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 QUANTIZATIONS = ("nf4",)
 """Kinds of 4-bit weights."""
@@ -91,14 +92,41 @@ def quantize_base(
             module=layer,
         ).to(device)
         layer.bias = plain.bias
-        # bitsandbytes 0.50 repacks the weights for AVX512-BF16 in an evaluation forward, after which no gradient
-        # passes through the layer.
-        layer.support_avx512bf16_for_cpu = False
         setattr(parent, leaf, layer)
+    keep_layout(model)
     model.requires_grad_(False)
     # PEFT reads this to choose its layer.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     return QuantizationReport(len(projections), before, weight_bytes(model))
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """The same quantisation for a model that transformers loads, all linear layers of its blocks.
+
+    Args:
+        quantization: ``nf4``.
+        compute_dtype: Of the dequantised weights and the products. Default: float32.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed, with the install line.
+    """
+    _bitsandbytes()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep the 4-bit weights of a model as they are stored.
+
+    bitsandbytes 0.50 repacks them for AVX512-BF16 in an evaluation forward on the CPU, after which no gradient passes
+    through the layer; and a model that is tried on the CPU may still move to another device.
+    """
+    for _, _, layer in _quantised(model):
+        layer.support_avx512bf16_for_cpu = False
 
 
 def dequantize_base(model: nn.Module) -> int:

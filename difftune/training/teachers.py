@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from difftune.losses import TeacherStates, TopK, top_k
 from difftune.modeling import DiffTransformerForCausalLM
+from difftune.modeling.quantized import quantization_of
 
 # Two documents of different length, so that a teacher that lets them see one another is found out.
 _PROBE_LENGTHS = (3, 5)
@@ -38,11 +43,25 @@ class OnlineTeacher:
                 "token of its student; choose a teacher with the same tokenizer"
             )
         self._vocab_size = vocab_size
-        self._probe()
+        # A method of the model, so that sharding can gather what it needs.
+        model.hidden_states_of = MethodType(_hidden_states_of, model)  # type: ignore[assignment]
+        # Without weights there is nothing to try.
+        if self.model.device.type != "meta":
+            self._probe()
 
     def to(self, device: torch.device) -> None:
         """Move the model there."""
         self.model.to(device)
+
+    def shard(self, shard: Callable[[nn.Module], Any]) -> None:
+        """Spread the model over the ranks as the student is; one in 4 bits stays whole on each.
+
+        Args:
+            shard: Shards a causal language model in place, see :func:`~difftune.training.sharding.shard_model`.
+        """
+        if quantization_of(self.model) is None:
+            shard(self.model)
+            register_fsdp_forward_method(self.model, "hidden_states_of")
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> TeacherStates:
@@ -50,8 +69,9 @@ class OnlineTeacher:
         names = ("input_ids", "position_ids", "attention_mask", *(("cu_seqlens",) if self._is_ours else ()))
         inputs = {name: batch[name] for name in names if name in batch}
         # Without a mask, transformers reads the borders of packed documents from positions that begin anew.
-        output = self.model.get_decoder()(**inputs, use_cache=False)
-        return TeacherStates(output.last_hidden_state, self._head()[: self._vocab_size])
+        hidden = self.model.hidden_states_of(**inputs)
+        # After it: the head of a sharded model is whole from then on.
+        return TeacherStates(hidden, self._head()[: self._vocab_size])
 
     @torch.no_grad()
     def score(
@@ -110,3 +130,7 @@ class OnlineTeacher:
                 f"{name} cannot be a teacher of packed rows: its documents see one another; set data.packing=false, or "
                 "choose a model of the Llama family"
             )
+
+
+def _hidden_states_of(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state

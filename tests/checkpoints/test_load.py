@@ -11,6 +11,7 @@ from difftune.checkpoints.load import load_model, load_teacher
 from difftune.modeling import DiffTransformerForCausalLM
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter, trained_parameters
+from difftune.modeling.quantized import dequantized_weight
 
 MakeModel = Callable[..., DiffTransformerForCausalLM]
 
@@ -183,3 +184,42 @@ def test_a_teacher_is_ours_or_any_that_transformers_loads(make_model: MakeModel,
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty could not be loaded by transformers: "):
         load_teacher(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("folder", ["ours", "llama"])
+def test_a_teacher_in_4_bits_computes_with_its_rounded_weights(
+    make_model: MakeModel, tmp_path: Path, folder: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Widths and a head dim that bitsandbytes could repack in an evaluation.
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    if folder == "ours":
+        make_model(**sizes).save_pretrained(tmp_path)
+    else:
+        LlamaForCausalLM(LlamaConfig(vocab_size=11, initializer_range=0.2, **sizes)).save_pretrained(tmp_path)
+    plain = load_teacher(str(tmp_path), torch.float32)
+    packed = load_teacher(str(tmp_path), torch.float32, quantization="nf4")
+    layers = {n: module for n, module in packed.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(layers) >= 7 and all("_proj" in name for name in layers) and not packed.training
+    for name, layer in layers.items():
+        weight, rounded = plain.get_submodule(name).weight.data, dequantized_weight(layer)
+        # Half of the widest gap between two of NF4's values, of a block's largest weight; and its scale is rounded too.
+        assert 0 < (weight - rounded).abs().max() < 0.17 * weight.abs().max()
+        weight.copy_(rounded)
+    with torch.no_grad():
+        expected, first, again = (model(input_ids=torch.arange(9)[None]).logits for model in (plain, packed, packed))
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("folder", ["ours", "llama"])
+def test_a_teacher_on_the_meta_device_needs_no_weights(make_model: MakeModel, tmp_path: Path, folder: str) -> None:
+    model = make_model()
+    if folder == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    found = load_teacher(str(tmp_path), device="meta")
+    assert type(found) is type(model) and all(parameter.is_meta for parameter in found.parameters())
+    assert {n: p.shape for n, p in found.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}

@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 
+from difftune.on_policy import StudentSampler
 from difftune.training.checkpoint import Checkpointing
+from difftune.training.checkpoint_io import find_resumable
 from difftune.training.distill import DistillModule
 from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher
@@ -121,8 +123,101 @@ def test_a_match_needs_a_teacher_that_runs():
 def test_a_batch_without_labels_needs_nothing_stored():
     """The share of a rank for which the last batch had no row: it steps with the others."""
     module = DistillModule(build_student(), teacher=None, **SETTINGS)
-    module._dtype, module._parts = torch.float64, torch.zeros(2, dtype=torch.float64)
+    module._dtype, module._parts = torch.float64, torch.zeros(4, dtype=torch.float64)
     batch = one_batch(build_arithmetic())
     loss, count = module.compute_loss({**batch, "labels": torch.full_like(batch["labels"], -100)})
     loss.backward()
     assert loss == 0 and count == 0
+
+
+def as_it_is(seen):
+    """A sampler that takes note of its batches and leaves them as they are."""
+
+    def take(model, batch, number, rank):
+        seen.append(number)
+        return batch
+
+    return take
+
+
+def sampler(**settings):
+    return StudentSampler(TOKENIZER, **{"seq_len": 64, "max_new_tokens": 16, "seed": 0, **settings})
+
+
+@pytest.mark.parametrize(
+    ("share", "batches"),
+    [(0.0, []), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]), (0.75, [1, 2, 3, 5, 6, 7]), (1.0, [*range(8)])],
+)
+def test_the_share_of_own_batches_is_spread_evenly(share, batches):
+    seen = []
+    fit(build_module(on_policy=as_it_is(seen), on_policy_share=share), build_arithmetic(), 4, accumulate_grad_batches=2)
+    assert seen == batches
+
+
+def test_own_batches_have_no_cross_entropy_and_others_keep_theirs():
+    """The sampler changes nothing, so the divergence of both kinds is that of the data."""
+    logged = {}
+    for share in (0.0, 0.5, 1.0):
+        module = build_module(weight=0.3, on_policy=as_it_is([]), on_policy_share=share)
+        fit(module, build_arithmetic(), steps=1, accumulate_grad_batches=2)
+        logged[share] = module.logged
+    plain, half, own = logged.values()
+    assert own["train/loss"] == pytest.approx(0.3 * own["train/divergence"], rel=1e-6)
+    assert own["train/divergence"] == half["train/divergence"] == plain["train/divergence"]
+    assert "train/cross_entropy" not in own and own["train/on_policy_tokens"] == own["train/label_tokens"]
+    assert plain["train/on_policy_tokens"] == 0
+    first = 1 - half["train/on_policy_tokens"] / half["train/label_tokens"]
+    assert 0.2 < first < 0.8
+    expected = 0.3 * half["train/divergence"] + 0.7 * first * half["train/cross_entropy"]
+    assert half["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_share_of_nothing_is_training_without_a_sampler_to_the_bit():
+    plain, none = (
+        fit(build_module(**options), build_arithmetic()).steps[-1][1]
+        for options in ({}, {"on_policy": sampler(), "on_policy_share": 0.0})
+    )
+    assert torch.equal(plain, none)
+
+
+def test_a_resumed_run_samples_what_the_straight_one_does(tmp_path):
+    def run(folder, steps):
+        module = build_module(on_policy=sampler(), on_policy_share=0.75)
+        callbacks = [Checkpointing(tmp_path / folder, every_n_steps=2), recorder := Recorder()]
+        trainer = build_trainer(callbacks, max_steps=steps, log_every_n_steps=1)
+        trainer.fit(module, build_arithmetic(), ckpt_path=find_resumable(tmp_path / folder))
+        return recorder.steps[-1][1]
+
+    straight = run("straight", 4)
+    run("cut", 2)
+    assert torch.equal(run("cut", 4), straight)
+
+
+def test_a_student_comes_nearer_to_its_teacher_on_its_own_texts():
+    """Measured on fresh samples to the same prompts, before and after, with the reverse KL that it minimises."""
+    student, llama = build_student(), build_llama(initializer_range=0.1)
+    batch = one_batch(build_arithmetic(micro_batch_size=4))
+
+    @torch.no_grad()
+    def distance():
+        own = sampler(seed=7, max_new_tokens=8)(student, batch, 0, 0)
+        inputs = {"input_ids": own["input_ids"], "position_ids": own["position_ids"], "use_cache": False}
+        log_q = F.log_softmax(student(**inputs, cu_seqlens=own["cu_seqlens"]).logits[:, :-1], dim=-1)
+        log_p = F.log_softmax(llama(**inputs).logits[:, :-1], dim=-1)
+        kept = own["labels"][:, 1:] != -100
+        return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[kept].mean().item()
+
+    before = distance()
+    options = {
+        "divergence": "reverse_kl",
+        "weight": 1.0,
+        "on_policy": sampler(max_new_tokens=6),
+        "on_policy_share": 1.0,
+    }
+    fit(build_module(student, llama, **options), build_arithmetic(micro_batch_size=1), steps=20)
+    assert distance() < 0.8 * before
+
+
+def test_on_policy_without_a_running_teacher_is_refused():
+    with pytest.raises(ValueError, match=r"answers of the student need a teacher that runs: set distill\.top_k=null"):
+        DistillModule(build_student(), teacher=None, on_policy=sampler(), **SETTINGS)

@@ -1,0 +1,95 @@
+"""From a config to the objects of a distillation: the teacher, what is stored of it, the module."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from difftune.checkpoints.adapters import tokenizer_folder
+from difftune.checkpoints.load import load_teacher
+from difftune.config import StageConfig
+from difftune.data.teacher_store import TeacherSettings
+from difftune.data.tokenizers import build_tokenizer, require_same_tokens
+from difftune.modeling import DiffTransformerForCausalLM
+from difftune.on_policy import StudentSampler
+from difftune.training.distill import DistillModule
+from difftune.training.teachers import OnlineTeacher
+
+
+def teacher_settings(stage: StageConfig) -> TeacherSettings | None:
+    """What is stored of the teacher of a stage; None if nothing is."""
+    distill = stage.distill
+    if distill.teacher is None or distill.top_k is None:
+        return None
+    return TeacherSettings(
+        teacher=distill.teacher,
+        quantization=distill.teacher_quantization,
+        top_k=distill.top_k,
+        temperature=distill.temperature,
+        seq_len=stage.data.seq_len,
+        overlong=stage.data.overlong,
+        dtype=distill.stored_dtype,
+    )
+
+
+def build_teacher(
+    stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: str = "cpu"
+) -> OnlineTeacher:
+    """The teacher of a stage, loaded and checked.
+
+    Args:
+        stage: Names it.
+        tokenizer: The student's.
+        vocab_size: Rows of the student's head.
+        device: "meta" builds it without weights.
+
+    Raises:
+        ValueError: If it cannot be loaded or cannot teach this student.
+    """
+    distill = stage.distill
+    assert distill.teacher is not None, "asked for only where there is one"
+    theirs = build_tokenizer(tokenizer_folder(distill.teacher))
+    require_same_tokens(tokenizer, theirs, distill.teacher)
+    dtype = None if distill.teacher_dtype is None else getattr(torch, distill.teacher_dtype)
+    model = load_teacher(distill.teacher, dtype, quantization=distill.teacher_quantization, device=device)
+    return OnlineTeacher(model, vocab_size=vocab_size)
+
+
+def build_distill_module(
+    stage: StageConfig,
+    model: DiffTransformerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+) -> DistillModule:
+    """The module of a stage that has a teacher.
+
+    Args:
+        stage: The stage.
+        model: The student. The teacher of one on the meta device is built there too.
+        tokenizer: The student's.
+        options: Those of :class:`~difftune.training.finetune.FinetuneModule`.
+    """
+    distill, teacher, on_policy = stage.distill, None, None
+    if distill.top_k is None:
+        device = "meta" if next(model.parameters()).is_meta else "cpu"
+        teacher = build_teacher(stage, tokenizer, model.config.vocab_size, device)
+    if distill.on_policy_share:
+        on_policy = StudentSampler(
+            tokenizer,
+            seq_len=stage.data.seq_len,
+            max_new_tokens=distill.on_policy_max_new_tokens,
+            seed=stage.seed,
+        )
+    return DistillModule(
+        model,
+        teacher=teacher,
+        divergence=distill.divergence,
+        weight=distill.weight,
+        temperature=distill.temperature,
+        beta=distill.beta,
+        align_weight=distill.align_weight,
+        align_steps=distill.align_steps,
+        on_policy=on_policy,
+        on_policy_share=distill.on_policy_share,
+        **options,
+    )

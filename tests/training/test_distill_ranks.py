@@ -1,0 +1,48 @@
+"""Two ranks learn from a teacher what one process learns; under FSDP2 the teacher is sharded like the student."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.training.distill_ranks import SCENARIOS, train
+
+CASES = ["ddp:llama", "fsdp:llama", "fsdp:tied", "fsdp:ours"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distill_ranks")
+    run_ranks("tests.training.distill_ranks", str(folder), *CASES, "ddp:on_policy", ranks=2)
+    return folder
+
+
+def results(folder, case, rank=0):
+    return torch.load(folder / f"{case.replace(':', '-')}-{rank}.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(folder, case):
+    two, one = results(folder, case), train("auto", 1, **SCENARIOS[case.partition(":")[2]])
+    assert len(one["loss"]) == 5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(two["norm"], one["norm"], rtol=1e-4, atol=0)
+    for name in ("train/divergence", "train/cross_entropy", "train/label_tokens"):
+        assert two["logged"][name] == pytest.approx(one["logged"][name], rel=1e-5)
+
+
+def test_the_teacher_is_sharded_where_the_student_is(folder):
+    for case in CASES:
+        names = results(folder, case)["sharded"]
+        assert (len(names) > 0) == case.startswith("fsdp")
+        if case.startswith("fsdp"):
+            assert {"model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.up_proj.weight"} <= set(names)
+
+
+def test_two_ranks_learn_from_their_own_texts_and_stay_equal(folder):
+    first, second = (results(folder, "ddp:on_policy", rank) for rank in (0, 1))
+    assert first["logged"]["train/on_policy_tokens"] == second["logged"]["train/on_policy_tokens"]
+    for name, parameter in first["parameters"].items():
+        assert torch.equal(parameter, second["parameters"][name])
+    plain = results(folder, "ddp:llama")["loss"]
+    assert torch.equal(first["loss"][0], plain[0]), "the first batch is of the data"
+    assert not torch.equal(first["loss"][1:], plain[1:])
