@@ -262,9 +262,7 @@ class ManyShotTask(ItemTask[Classification]):
                 )
                 return [self._sample(index, None, None) for index in indices]
             warn_if_too_long(model, self.name, len(ids) + longest)
-            reader = Reader(
-                model, chunk_size=self.chunk_size, clock=clock, max_batch_tokens=self.max_batch_tokens
-            )
+            reader = Reader(model, chunk_size=self.chunk_size, clock=clock, max_batch_tokens=self.max_batch_tokens)
             if reader.read(ids) is None:
                 return []
             self._reader = (place, reader)
