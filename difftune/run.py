@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,22 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
     with Preemption() as preemption:
         tasks = build_tasks(config.evaluation)
         model, tokenizer = _load_for_inference(config)
-        results = evaluate_tasks(
-            console,
-            tasks,
-            model,
-            tokenizer,
-            label=config.model.path,
-            folder=folder,
-            time_limit_s=config.evaluation.time_limit_s,
-            should_stop=preemption.is_preempted,
-        )
-    if preemption.exit_code is not None:
+        # The first Ctrl-C, too, lets what was generated be graded and written.
+        with Preemption((signal.SIGINT,)) as interrupt:
+            results = evaluate_tasks(
+                console,
+                tasks,
+                model,
+                tokenizer,
+                label=config.model.path,
+                folder=folder,
+                time_limit_s=config.evaluation.time_limit_s,
+                should_stop=lambda: preemption.is_preempted() or interrupt.is_preempted(),
+            )
+    exit_code = preemption.exit_code or interrupt.exit_code
+    if exit_code is not None:
         log.warning("stopped by a signal; with --out the same command goes on from here")
-        raise SystemExit(preemption.exit_code)
+        raise SystemExit(exit_code)
     return results
 
 

@@ -60,7 +60,7 @@ class Reader:
             read; a text of more than half of it is continued one by one.
     """
 
-    def __init__(self, model: Any, *, chunk_size: int, clock: Clock, max_batch_tokens: int = 16384) -> None:
+    def __init__(self, model: Any, *, chunk_size: int, clock: Clock, max_batch_tokens: int = 65536) -> None:
         self.model, self._chunk_size, self._clock = model, chunk_size, clock
         self._max_batch_tokens = max_batch_tokens
         self._cache: Any = None
@@ -126,7 +126,7 @@ class Reader:
             queue: list[tuple[float, Path]] = [(-float(first[token]), (token,)) for token in following[()]]
             heapq.heapify(queue)
             while queue[0][1] not in wanted:
-                begun_paths = []
+                begun_paths: list[tuple[float, Path]] = []
                 while queue and queue[0][1] not in wanted and len(begun_paths) < together:
                     begun_paths.append(heapq.heappop(queue))
                 whole = [_without_choice(path, following) for _, path in begun_paths]

@@ -1,19 +1,22 @@
 """The tasks of EleutherAI's lm-evaluation-harness on our models, through its own API.
 
 An item is a task of the harness (or a group of them): its figures come out of `lm_eval.simple_evaluate` as they are.
-What was interrupted within a task is not counted.
+What was interrupted within a task is not counted; its answers so far are kept, so that it goes on from there.
 
 Source:
     github.com/EleutherAI/lm-evaluation-harness: the paper's zero-shot tables and its HellaSwag under quantisation.
 """
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -110,6 +113,8 @@ class HarnessTask(ItemTask[HarnessSample]):
     """Ask through the tokenizer's chat template."""
     include_path: str | None = None
     """A folder with task definitions of one's own."""
+    cache: Path | None = None
+    """Folder for the answers of a task that is not finished. None: it begins anew."""
 
     kind: ClassVar[str] = "lm_eval"
     sample_type: ClassVar[type] = HarnessSample
@@ -164,6 +169,7 @@ class HarnessTask(ItemTask[HarnessSample]):
         import lm_eval
 
         task = self.tasks[index]
+        kept = None if self.cache is None else self.cache / f"{task}-{_fingerprint(model)}"
         found = lm_eval.simple_evaluate(
             model=harness_model(model, tokenizer, clock, self.batch_size, self.max_length),
             tasks=[task],
@@ -172,6 +178,7 @@ class HarnessTask(ItemTask[HarnessSample]):
             log_samples=False,
             apply_chat_template=self.apply_chat_template,
             task_manager=self._manager,
+            use_cache=None if kept is None else str(kept),
             # The random state belongs to whoever trains the model; examples in front have a seed of their own.
             random_seed=None,
             numpy_random_seed=None,
@@ -184,8 +191,17 @@ class HarnessTask(ItemTask[HarnessSample]):
             for metric, value in values.items()
             if isinstance(value, int | float) and (named := figure_name(name, metric)) is not None
         }
+        for file in [] if kept is None else kept.parent.glob(f"{kept.name}*"):
+            file.unlink()
         counts = found.get("n-samples", {})
         return HarnessSample(index, task, figures, sum(count["effective"] for count in counts.values()))
+
+
+def _fingerprint(model: Any) -> str:
+    """A hash of what a model says to some tokens: of its weights, and of all that changes what it computes."""
+    tokens = torch.arange(64, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    logits = model(input_ids=tokens).logits
+    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 @cache

@@ -169,6 +169,8 @@ class ManyShotTask(ItemTask[Classification]):
     """Longest prompt; longer ones are left out, with a warning."""
     chunk_size: int = 1024
     """Tokens of one forward pass."""
+    max_batch_tokens: int = 65536
+    """Tokens in the cache of labels that are scored together, each with a copy of the prompt."""
     seed: int = 0
     """Of the choice of demonstrations; orders are numbered from 0 whatever the seed."""
 
@@ -260,7 +262,7 @@ class ManyShotTask(ItemTask[Classification]):
                 )
                 return [self._sample(index, None, None) for index in indices]
             warn_if_too_long(model, self.name, len(ids) + longest)
-            reader = Reader(model, chunk_size=self.chunk_size, clock=clock)
+            reader = Reader(model, chunk_size=self.chunk_size, clock=clock, max_batch_tokens=self.max_batch_tokens)
             if reader.read(ids) is None:
                 return []
             self._reader = (place, reader)

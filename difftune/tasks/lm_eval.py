@@ -1,6 +1,8 @@
 """Keys of the kind `lm_eval`: tasks of the lm-evaluation-harness."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from difftune.config_field import key
@@ -31,6 +33,10 @@ class HarnessTaskConfig(TaskConfig):
     include_path: str | None = None
     """A folder with task definitions of one's own."""
 
+    cache_dir: str | None = None
+    """Folder for the answers of a task that was interrupted; deleted when it is finished. null: `difftune/harness` in
+    the user cache."""
+
     operand: ClassVar[str | None] = "tasks"
 
     def names(self) -> list[str]:
@@ -45,6 +51,7 @@ class HarnessTaskConfig(TaskConfig):
         """The tasks, looked up in the harness."""
         from difftune.evaluation.lm_eval import HarnessTask
 
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune" / "harness"
         return HarnessTask(
             self.task_name(),
             self.names(),
@@ -54,4 +61,5 @@ class HarnessTaskConfig(TaskConfig):
             max_length=self.max_length,
             apply_chat_template=self.apply_chat_template,
             include_path=self.include_path,
+            cache=Path(self.cache_dir) if self.cache_dir else home,
         )

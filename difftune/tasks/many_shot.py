@@ -53,6 +53,8 @@ class ManyShotTaskConfig(TaskConfig):
     """Longest prompt in tokens; a number of demonstrations that needs more is left out."""
     chunk_size: int = key(1024, low=1)
     """Tokens of one forward pass."""
+    max_batch_tokens: int = key(65536, low=1)
+    """Tokens in the cache of labels that are scored together, each with a copy of the prompt; memory grows with it."""
 
     operand: ClassVar[str | None] = "set"
 
@@ -110,5 +112,6 @@ class ManyShotTaskConfig(TaskConfig):
             orders=self.orders,
             max_tokens=self.max_tokens,
             chunk_size=self.chunk_size,
+            max_batch_tokens=self.max_batch_tokens,
             seed=defaults.seed,
         )

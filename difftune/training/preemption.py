@@ -98,5 +98,9 @@ class Preemption(Callback):
                 log.warning("%s received: stopping after optimiser step %d", name, trainer.global_step)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """The signal handler; a second Ctrl-C is a Ctrl-C."""
+        if signum == signal.SIGINT:
+            if self.signum is not None:
+                raise KeyboardInterrupt
+            log.warning("stopping after what is being worked on; Ctrl-C again to stop at once")
         self.signum = signum

@@ -57,6 +57,30 @@ def test_when_the_time_is_over_the_task_is_not_counted(task):
     assert samples == [] and not result.complete and result.tables() == [] and str(result) == "not measured"
 
 
+def test_a_task_that_was_interrupted_goes_on_after_the_answers_it_had(folder, tmp_path):
+    model = tiny_model().eval()
+
+    def run(model, **clock):
+        calls = []
+        hook = model.register_forward_hook(lambda module, inputs, output: calls.append(len(output.logits)))
+        made = HarnessTask("harness", ["own_sums"], batch_size=3, include_path=str(folder), cache=tmp_path / "kept")
+        result = made.summarise(made.run(model, TOKENIZER, **clock))
+        hook.remove()
+        return result, sum(calls)
+
+    with torch.no_grad():
+        straight, whole = run(model)
+        assert straight.complete and list((tmp_path / "kept").iterdir()) == [], "nothing is left of what is finished"
+        polls = iter([False] * 4)
+        partial, before = run(model, should_stop=lambda: next(polls, True))
+        assert not partial.complete and 0 < before < whole and len(list((tmp_path / "kept").iterdir())) == 1
+        other, anew = run(tiny_model("softmax").eval())
+        assert other.complete and anew == whole, "another model has other answers"
+        again, rest = run(model)
+        assert again.metrics() == straight.metrics() and rest <= whole - before + 2
+        assert list((tmp_path / "kept").iterdir()) == []
+
+
 def test_what_the_harness_does_not_know_is_refused(monkeypatch, folder):
     # Its own tasks are more than ten thousand, which would be read here for the sake of a name that is none of them.
     with_defaults = []

@@ -11,6 +11,7 @@ import pytest
 from difftune import run
 from difftune.config import Config, load_config
 from difftune.data.tokenizers import build_tokenizer
+from difftune.evaluation import generation
 from difftune.evaluation.needle import NeedleTask
 from tests.conftest import ROOT
 from tests.evaluation.scripted import tiny_model
@@ -54,25 +55,25 @@ def test_all_kinds_run_in_one_command_and_maths_has_a_mean(folder: Path, tmp_pat
     assert {"eval/needle/accuracy_300", "eval/pages/nll", "eval/toy/accuracy_2", "eval/mean/accuracy"} <= names
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_partial_results_and_the_same_command_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int | None
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     straight = run.evaluate(config(folder, NEEDLE, NLL), out=tmp_path / "straight")
     read: list[int] = []
     original = NeedleTask.run_block
 
     def counting(self: NeedleTask, model: Any, tokenizer: Any, indices: list[int], clock: Any) -> Any:
-        if len(read) == 4 or (read and code is not None):
+        if read:
             os.kill(os.getpid(), number)
         read.extend(indices)
         return original(self, model, tokenizer, indices, clock)
 
     monkeypatch.setattr(NeedleTask, "run_block", counting)
     out = tmp_path / "stopped"
-    with pytest.raises(SystemExit if code else KeyboardInterrupt) as stopped:
+    with pytest.raises(SystemExit) as stopped:
         run.evaluate(config(folder, NEEDLE, NLL), out=out)
-    assert code is None or stopped.value.code == code
+    assert stopped.value.code == code
     partial = json.loads((out / "results.json").read_text())["tasks"]
     assert partial.keys() == {"needle"} and not partial["needle"]["complete"]
     before = [json.loads(line)["index"] for line in (out / "samples" / "needle.jsonl").read_text().splitlines()]
@@ -82,6 +83,39 @@ def test_a_signal_leaves_partial_results_and_the_same_command_goes_on(
     for name in ("needle", "pages"):
         files = [(path / "samples" / f"{name}.jsonl").read_text() for path in (tmp_path / "straight", out)]
         assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_in_the_middle_of_a_block_keeps_what_was_answered_and_a_second_one_ends_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, presses: int
+) -> None:
+    problems = "{path: 'synthetic:arithmetic', name: sums, limit: 40}"
+    straight = run.evaluate(config(folder, problems), out=tmp_path / "straight")
+    batches: list[int] = []
+    original = generation._generate_batch
+
+    def interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
+        batches.append(len(prompts))
+        if len(batches) == 11:  # of two; a block has eight of them
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+        return original(model, tokenizer, prompts, *settings)
+
+    monkeypatch.setattr(generation, "_generate_batch", interrupted)
+    out = tmp_path / "stopped"
+    with pytest.raises(SystemExit if presses == 1 else KeyboardInterrupt):
+        run.evaluate(config(folder, problems), out=out)
+    partial = json.loads((out / "results.json").read_text())["tasks"]["sums"]
+    before = [json.loads(line) for line in (out / "samples" / "sums.jsonl").read_text().splitlines()]
+    # Sixteen of the whole block, and, where there was time to grade them, those of the two batches after it.
+    assert partial["n"] == len(before) and not partial["complete"]
+    assert 20 <= len(before) <= 22 if presses == 1 else len(before) == 16
+    monkeypatch.setattr(generation, "_generate_batch", original)
+    assert figures(run.evaluate(config(folder, problems), out=out)) == figures(straight)
+    after = [json.loads(line) for line in (out / "samples" / "sums.jsonl").read_text().splitlines()]
+    assert [sample for sample in after if sample["index"] in {one["index"] for one in before}] == sorted(
+        before, key=lambda sample: int(sample["index"])
+    )
 
 
 def fit(folder: Path, run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
