@@ -140,6 +140,8 @@ def _generate_batch(
         attention_mask=attention_mask.to(device),
         generation_config=settings,
         stopping_criteria=criteria,
+        # Each rank for itself.
+        synced_gpus=False,
         **({"past_key_values": build_cache()} if ours else {}),
     )
     return output[:, width:].tolist()

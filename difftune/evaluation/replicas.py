@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+_MARKS = ("__composable", "_is_fsdp", "_fsdp")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -124,7 +125,7 @@ def _by_layers(model: nn.Module, device: torch.device, sizes: str) -> Evaluated:
     layers = model.get_decoder().layers  # type: ignore[operator]  # of a transformers model
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     tensors = {
-        id(p): p.new_empty(0, device=device, dtype=_dtype(name, p, device))
+        id(p): torch.empty(0, device=device, dtype=_dtype(name, p, device))
         if id(p) in inside
         else _gather(name, p, device)
         for name, p in model.named_parameters()
@@ -204,7 +205,8 @@ def _twin(module: nn.Module, tensors: dict[int, torch.Tensor], twins: dict[int, 
         # fully_shard puts a class of its own before that of the module.
         kind = next(base for base in type(original).__mro__ if not issubclass(base, FSDPModule))
         twin = kind.__new__(kind)
-        state = {name: value for name, value in vars(original).items() if not name.startswith("__composable")}
+        # With its marks, generate() would take the twin for sharded, and exchange something at every token.
+        state = {name: value for name, value in vars(original).items() if not name.startswith(_MARKS)}
         state["_parameters"] = {
             name: None if parameter is None else parameters[id(parameter)]
             for name, parameter in original._parameters.items()
