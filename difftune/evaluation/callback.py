@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
+from difftune.evaluation.agreement import Parts, StopSign, gather_parts
 from difftune.evaluation.means import mean_accuracy
+from difftune.evaluation.replicas import Evaluated, plain_weights
 from difftune.evaluation.task import Result, Task
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ class ScheduledEvaluation(Callback):
 
     Metrics are `eval/<task>/<name>`. They go to the loggers through the training module's `log_metrics`, and into
     `trainer.callback_metrics`; every sample goes to `samples_dir/<stage>-<step>.jsonl`. With several ranks each takes
-    its share of every task. The training does not notice: mode, random state, gradients and data position stay.
+    its share of every task, of a sharded model on a copy with plain weights (`difftune.evaluation.replicas`). The
+    training does not notice: mode, random state, gradients and data position stay. What a task raises on one rank ends
+    the training on all.
 
     An evaluation cut by the time limit logs what it has and warns, but `callback_metrics` and `on_result` leave the cut
     task out: a figure on fewer problems must not decide which checkpoint is best. One cut by `should_stop` is dropped,
@@ -94,6 +98,7 @@ class ScheduledEvaluation(Callback):
         """What this process has evaluated: results by task name, by optimiser step."""
         self._evaluated_step: int | None = None
         self._pending = False
+        self._how = ""
         self._last_step = 0
         self._last_tokens = 0
         self._fraction_steps: set[int] = set()
@@ -128,7 +133,7 @@ class ScheduledEvaluation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the final weights, unless that has just been done or the run was told to stop."""
-        stopped = _gather(trainer, [], self._is_stopped())[1]
+        stopped = gather_parts([], self._is_stopped(), 0.0, None).stopped
         if self.at_end and self._evaluated_step != trainer.global_step and not stopped:
             self._evaluate(trainer, pl_module)
 
@@ -171,25 +176,18 @@ class ScheduledEvaluation(Callback):
         begun = time.monotonic()
         metrics: dict[str, float] = {}
         valid: dict[str, float] = {}
-        with trainer.precision_plugin.forward_context():
+        strategy = trainer.strategy
+        weights = plain_weights(pl_module.model, device=strategy.root_device, ranks_per_machine=trainer.num_devices)
+        with trainer.precision_plugin.forward_context(), weights as evaluated:
+            self._say(trainer, evaluated.how)
             for index, task in enumerate(self.tasks):
-                started = time.monotonic()
-                left = None if self.time_limit_s is None else self.time_limit_s - (started - begun)
-                samples = task.run(
-                    pl_module.model,
-                    self.tokenizer,
-                    part=(trainer.global_rank, trainer.world_size),
-                    should_stop=self.should_stop,
-                    deadline=None if left is None else started + left / (len(self.tasks) - index),
-                )
-                # All ranks take part even if one was told to stop: the others wait here.
-                samples, stopped = _gather(trainer, samples, self._is_stopped())
-                if stopped:
+                parts = self._run(trainer, evaluated, task, begun, len(self.tasks) - index)
+                if parts.stopped:
                     log.warning("evaluation at step %d was stopped: it is made up for when the run is resumed", step)
                     return
-                result = task.summarise(samples)
+                result = task.summarise(parts.samples)
                 results[task.name] = result
-                figures = {**result.metrics(), "seconds": time.monotonic() - started}
+                figures = {**result.metrics(), "seconds": parts.seconds}
                 named = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
                 metrics |= named
                 valid |= named if result.complete else {}
@@ -208,14 +206,33 @@ class ScheduledEvaluation(Callback):
         if valid and self.on_result is not None:
             self.on_result(trainer, valid)
 
+    def _run(self, trainer: Trainer, evaluated: Evaluated, task: Task[Any], begun: float, tasks_left: int) -> Parts:
+        """This rank's share of a task, and then what all ranks have; a rank that fails keeps none of them waiting."""
+        started = time.monotonic()
+        left = None if self.time_limit_s is None else self.time_limit_s - (started - begun)
+        sign = StopSign(self.should_stop, trainer.world_size)
+        samples: list[Any] = []
+        error: Exception | None = None
+        try:
+            samples = task.run(
+                evaluated.model,
+                self.tokenizer,
+                part=(trainer.global_rank, trainer.world_size),
+                should_stop=sign.is_up,
+                deadline=None if left is None else started + left / tasks_left,
+            )
+        except Exception as failure:
+            error = failure
+            sign.put_up()
+        seconds = time.monotonic() - started
+        evaluated.finish()
+        return gather_parts(samples, sign.is_up(), seconds, error)
 
-def _gather(trainer: Trainer, samples: list[Any], stopped: bool) -> tuple[list[Any], bool]:
-    """The samples of all ranks, and whether any of them was stopped."""
-    if trainer.world_size == 1:
-        return samples, stopped
-    everyone: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everyone, (samples, stopped))
-    return [sample for part, _ in everyone for sample in part], any(flag for _, flag in everyone)
+    def _say(self, trainer: Trainer, how: str) -> None:
+        """Log how a sharded model is gathered, the first time and when it changes."""
+        if how.split("(")[0] != self._how.split("(")[0] and trainer.is_global_zero:
+            log.info("evaluation of a sharded model: %s", how)
+        self._how = how
 
 
 def _report(name: str, step: int, result: Result, figures: dict[str, float], time_limit_s: float | None) -> None:

@@ -18,6 +18,9 @@ from transformers import (
     StopStringCriteria,
 )
 
+from difftune.modeling import DiffTransformerConfig
+from difftune.modeling.cache import build_cache
+
 log = logging.getLogger(__name__)
 
 
@@ -132,11 +135,16 @@ def _generate_batch(
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, width - len(prompt) :] = 1
     device = _device_of(model)
+    # Models of other makers may need a cache of another kind, which generate() then chooses.
+    ours = isinstance(getattr(model, "config", None), DiffTransformerConfig)
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         generation_config=settings,
         stopping_criteria=criteria,
+        # Each rank for itself.
+        synced_gpus=False,
+        **({"past_key_values": build_cache()} if ours else {}),
     )
     return output[:, width:].tolist()
 

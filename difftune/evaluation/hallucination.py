@@ -242,7 +242,8 @@ class HallucinationTask(ItemTask[HallucinationSample]):
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of some numbers of every parameter: another after a step of training, the same for the same weights."""
-    digest = hashlib.sha256()
+    # Of a model gathered by layers (`difftune.evaluation.replicas`), which does not hold all of them.
+    digest = hashlib.sha256(getattr(model, "weights_id", "").encode())
     for name, parameter in model.named_parameters():
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)][:16]
         digest.update(name.encode() + some.to(torch.float32).cpu().numpy().tobytes())

@@ -101,10 +101,14 @@ def few_queries(
     """
     assert documents is None
     (_B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
-    # Query heads of a group are rows of one product. A map at a time: with the pair inside, torch would copy the cache.
+    # Query heads of a group are rows of one product, so that its keys are read once.
     q_BGPRD = (q * scale).unflatten(2, (G, H // G)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
-    k_BGPDS = k.permute(0, 2, 3, 4, 1).expand(-1, -1, 2, -1, -1)
-    logits_BGPRS = torch.stack([torch.matmul(q_BGPRD[:, :, p], k_BGPDS[:, :, p]) for p in (0, 1)], dim=2)
+    k_BGPDS = k.permute(0, 2, 3, 4, 1)
+    if k.shape[3] == 1:
+        logits_BGPRS = torch.matmul(q_BGPRD.flatten(2, 3), k_BGPDS[:, :, 0]).unflatten(2, (2, -1))
+    else:
+        # A map at a time: with the pair inside, torch would copy the cache.
+        logits_BGPRS = torch.stack([torch.matmul(q_BGPRD[:, :, p], k_BGPDS[:, :, p]) for p in (0, 1)], dim=2)
     mask = visible(T, S, q.device, causal, key_padding_mask, None)
     if mask is None:
         maps = logits_BGPRS.softmax(-1)
