@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 from difftune.config import Config, DistillConfig, EvaluationConfig, StageConfig
+from difftune.config_checks_scale import scale_problems
 from difftune.tasks.base import Defaults
 from difftune.tasks.math import MathTaskConfig
 
@@ -31,6 +32,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
     stages = config.resolved_stages()
     problems = _model_problems(config, command)
     if command == "fit":
+        problems += scale_problems(config)
         problems += _name_problems([stage.name for stage in config.stages])
         for stage in stages:
             found = _stage_problems(config, stage) + _distill_problems(stage)
@@ -154,6 +156,16 @@ def _distill_problems(stage: StageConfig) -> list[str]:
         problems.append(
             "distill.on_policy_share: what the student will write is not known when a teacher is stored; leave out "
             "top_k, or set on_policy_share=0"
+        )
+    if distill.on_policy_share and stage.trainer.strategy == "fsdp":
+        problems.append(
+            "distill.on_policy_share: a student that is sharded cannot write answers while it is trained; set "
+            "trainer.strategy=ddp, or on_policy_share=0"
+        )
+    if distill.teacher is not None and stage.trainer.fsdp.tensor_parallel_size > 1:
+        problems.append(
+            "trainer.fsdp.tensor_parallel_size: divides the student's head, which is compared with the teacher's whole; "
+            "set 1"
         )
     if distill.top_k is not None and stage.data.streaming:
         problems.append(
