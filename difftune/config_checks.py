@@ -164,8 +164,8 @@ def _distill_problems(stage: StageConfig) -> list[str]:
         )
     if distill.teacher is not None and stage.trainer.fsdp.tensor_parallel_size > 1:
         problems.append(
-            "trainer.fsdp.tensor_parallel_size: divides the student's head, which is compared with the teacher's whole; "
-            "set 1"
+            "trainer.fsdp.tensor_parallel_size: divides the student's head, which is compared with the teacher's whole;"
+            " set 1"
         )
     if distill.top_k is not None and stage.data.streaming:
         problems.append(
