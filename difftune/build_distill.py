@@ -65,13 +65,13 @@ def build_distill_module(
 
     Args:
         stage: The stage.
-        model: The student. The teacher of one on the meta device is built there too.
+        model: The student. The teacher of one on the meta device that nothing will fill is built there too.
         tokenizer: The student's.
         options: Those of :class:`~difftune.training.finetune.FinetuneModule`.
     """
     distill, teacher, on_policy = stage.distill, None, None
     if distill.top_k is None:
-        device = "meta" if next(model.parameters()).is_meta else "cpu"
+        device = "meta" if next(model.parameters()).is_meta and "load_weights" not in options else "cpu"
         teacher = build_teacher(stage, tokenizer, model.config.vocab_size, device)
     if distill.on_policy_share:
         on_policy = StudentSampler(

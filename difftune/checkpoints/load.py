@@ -144,7 +144,10 @@ def load_teacher(
     try:
         if device == "meta":
             return _without_weights(folder, ours=ours)
-        options = {} if quantization is None else {"quantization_config": quantization_config(quantization, dtype)}
+        options = {}
+        if quantization is not None:
+            compute_dtype = dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
+            options["quantization_config"] = quantization_config(quantization, compute_dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
     except (OSError, ValueError) as error:
         raise ValueError(

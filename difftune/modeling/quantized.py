@@ -100,12 +100,12 @@ def quantize_base(
     return QuantizationReport(len(projections), before, weight_bytes(model))
 
 
-def quantization_config(quantization: str, compute_dtype: torch.dtype | None) -> BitsAndBytesConfig:
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """The same quantisation for a model that transformers loads, all linear layers of its blocks.
 
     Args:
         quantization: ``nf4``.
-        compute_dtype: Of the dequantised weights and the products. Default: float32.
+        compute_dtype: Of the dequantised weights and the products.
 
     Raises:
         ImportError: If bitsandbytes is not installed, with the install line.

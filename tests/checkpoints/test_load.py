@@ -212,6 +212,13 @@ def test_a_teacher_in_4_bits_computes_with_its_rounded_weights(
     assert torch.equal(first, again)
 
 
+def test_a_teacher_in_4_bits_computes_in_the_stored_dtype(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).bfloat16().save_pretrained(tmp_path)
+    assert load_teacher(str(tmp_path), quantization="nf4").model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("folder", ["ours", "llama"])
 def test_a_teacher_on_the_meta_device_needs_no_weights(make_model: MakeModel, tmp_path: Path, folder: str) -> None:
     model = make_model()
