@@ -1,0 +1,302 @@
+"""The moments of a training step of one rank: what a trace of the step, shards and caches come to together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from difftune.config import Config, StageConfig
+from difftune.modeling import DiffTransformerConfig
+from difftune.ops import Documents
+from difftune.plan_model import build_skeleton, build_teacher_skeleton, tensor_bytes
+from difftune.plan_trace import TRACED_BLOCKS, Phase, trace_step
+from difftune.training.distill import STORED, DistillModule
+from difftune.training.finetune import FinetuneModule
+from difftune.training.teachers import OnlineTeacher
+
+PROMPT_TOKENS = 512
+"""Assumed of the prompts of a task that generates answers."""
+DOCUMENTS_A_ROW = 4
+"""Assumed of packed rows, whose documents on the CPU are copied together by length."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run would have."""
+
+    is_gpu: bool
+    """Whether GPU kernels are counted."""
+    devices: int
+    """In all."""
+    memory: int
+    """Of one device, bytes."""
+    gpu: str
+    """Name, for the peak arithmetic."""
+    mfu: float
+    """Share of that peak that the model's own arithmetic is assumed to use."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Memory of one rank at one moment of a step, bytes."""
+
+    where: str
+    """Phase of the step, or `evaluation`."""
+    weights: int
+    """Of this rank: the whole model or its shard; of a teacher too."""
+    gathered: int
+    """Weights gathered from the other ranks, and gradients on their way to them."""
+    optimizer: int
+    """Two moments of everything that is trained, or this rank's share."""
+    gradients: int
+    """Of everything that is trained, or this rank's share."""
+    activations: int
+    """And whatever else is computed: the logits of a chunk, gradients of activations."""
+    cache: int = 0
+    """Keys and values of an evaluation."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.gathered + self.optimizer + self.gradients + self.activations + self.cache
+
+
+class Shards(NamedTuple):
+    """How a stage is spread over the devices."""
+
+    strategy: str
+    """`single`, `ddp`, `auto` (Lightning's ddp) or `fsdp`."""
+    model: int
+    """Ranks that hold the model together."""
+    context: int
+    """Ranks that hold a row together."""
+    reshards: bool
+    """Whether a gathered block is freed after its forward."""
+    offloads: bool
+    """Whether shards lie in the memory of the host."""
+    param_dtype: str | None
+    """Of gathered weights; None is that of the shards."""
+
+
+def shards(stage: StageConfig, machine: Machine) -> Shards:
+    """How a stage is spread over the devices of a machine."""
+    trainer = stage.trainer
+    settings = getattr(trainer, "fsdp", None)
+    is_sharded = trainer.strategy == "fsdp"
+    return Shards(
+        "single" if machine.devices == 1 else trainer.strategy,
+        machine.devices if is_sharded else 1,
+        getattr(trainer, "context_parallel_size", 1),
+        getattr(settings, "reshard_after_forward", True),
+        is_sharded and getattr(settings, "cpu_offload", False),
+        getattr(settings, "param_dtype", None),
+    )
+
+
+def trained_tokens(stage: StageConfig, machine: Machine) -> int:
+    """Label tokens of a micro-batch of one rank: every token but the first of each row."""
+    return stage.data.micro_batch_size * (_row(stage, machine) - 1)
+
+
+def _row(stage: StageConfig, machine: Machine) -> int:
+    """Tokens of a row that one rank has."""
+    return max(2, stage.data.seq_len // shards(stage, machine).context)
+
+
+def phases(config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine) -> list[Phase]:
+    """The phases of a micro-batch of one rank, as if it held the whole model.
+
+    Args:
+        config: The recipe.
+        stage: Of it.
+        shape: The architecture.
+        machine: Whose kernels are counted.
+    """
+    model = build_skeleton(config, shape, min(TRACED_BLOCKS, shape.num_hidden_layers))
+    data, distill = stage.data, stage.distill
+    rows, length = data.micro_batch_size, _row(stage, machine)
+    label_tokens = trained_tokens(stage, machine)
+    ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "position_ids": ids}
+    if data.packing:
+        parts = DOCUMENTS_A_ROW
+        ends = {row * length + part * length // parts for row in range(rows) for part in range(parts + 1)}
+        batch["cu_seqlens"] = Documents(torch.tensor(sorted(ends), dtype=torch.int32))
+    else:
+        batch["attention_mask"] = ids
+    module: FinetuneModule
+    if distill.teacher is None:
+        module = FinetuneModule(model, lr=1.0, z_loss=stage.optim.z_loss)
+    else:
+        module = _distilling(stage, model)
+        if distill.top_k is not None:
+            shapes = ((label_tokens, distill.top_k), (label_tokens, distill.top_k), (label_tokens,))
+            stored = getattr(torch, distill.stored_dtype)
+            for name, size, dtype in zip(STORED, shapes, (torch.int32, stored, stored), strict=True):
+                batch[name] = torch.empty(size, dtype=dtype, device="meta")
+    return trace_step(
+        module,
+        batch,
+        num_blocks=shape.num_hidden_layers,
+        label_tokens=label_tokens,
+        autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(stage.trainer.precision),
+        gpu=machine.is_gpu,
+    )
+
+
+def moments(
+    config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine, traced: list[Phase]
+) -> list[Moment]:
+    """The highest moment of the forward, the loss, the backward; the optimiser's step; every evaluation.
+
+    Args:
+        config: The recipe.
+        stage: Of it.
+        shape: The architecture.
+        machine: The devices.
+        traced: Of :func:`phases`.
+    """
+    model = build_skeleton(config, shape)
+    how = shards(stage, machine)
+    block, whole = model.model.layers[0], tensor_bytes(model)
+    trained, trained_block = tensor_bytes(model, trained=True), tensor_bytes(block, trained=True)
+    held = 0 if how.offloads else 1
+    weights = held * whole // how.model
+    teacher = 0
+    if stage.distill.teacher is not None and stage.distill.top_k is None:
+        teacher = tensor_bytes(build_teacher_skeleton(stage.distill.teacher, stage.distill.teacher_dtype))
+    optimizer, gradients = held * 2 * trained // how.model, held * trained // how.model
+    # Lightning's ddp has buckets beside the gradients; ours has the gradients in them.
+    buckets = trained if how.strategy == "auto" else 0
+    accumulates = stage.trainer.accumulate_grad_batches > 1
+    found: dict[str, Moment] = {}
+    made = 0
+    for phase in traced:
+        gathered = buckets
+        if how.model > 1:
+            gathered += _gathered(model, how, phase.name.startswith("backward"), trained_block)
+        # The second micro-batch adds to the gradients of the first; a shard has its share of what was made so far.
+        before = trained if accumulates else made
+        activations, own = phase.peak, before
+        if phase.peak_with_gradients - phase.peak > 0 and not accumulates:
+            activations = phase.peak_with_gradients
+        activations += _gathered_keys(config, stage, shape, how, phase)
+        moment = Moment(
+            str(phase), weights + teacher, gathered, optimizer, held * own // how.model, activations
+        )
+        best = found.get(phase.name)
+        if best is None or moment.total > best.total:
+            found[phase.name] = moment
+        made += phase.gradients
+    # Without the fused kernel, which a gradient scaler cannot use, a copy of the moments is made.
+    scratch = trained // how.model if stage.trainer.precision == "16-mixed" else 0
+    step = Moment("optimiser step", weights + teacher, buckets, optimizer, gradients, scratch)
+    evaluations = [
+        Moment(f"evaluation {name}", weights + teacher, buckets, optimizer, 0, 0, cache)
+        for name, cache in evaluation_caches(config, stage, shape).items()
+    ]
+    return [*found.values(), step, *evaluations]
+
+
+def _gathered(model: Any, how: Shards, in_backward: bool, trained_block: int) -> int:
+    """What a rank holds of others' shards: the root, the block that runs and the one fetched ahead."""
+    dtype = None if how.param_dtype is None else getattr(torch, how.param_dtype)
+    blocks = model.model.layers
+
+    def size(module: torch.nn.Module) -> int:
+        if dtype is None:
+            return tensor_bytes(module)
+        return sum(dtype.itemsize * p.numel() for p in module.parameters())
+
+    root = size(model.lm_head) + size(model.model.norm)
+    ahead = size(blocks[0]) * (min(2, len(blocks)) if how.reshards else len(blocks))
+    return root + ahead + (trained_block if in_backward else 0)
+
+
+def _gathered_keys(
+    config: Config, stage: StageConfig, shape: DiffTransformerConfig, how: Shards, phase: Phase
+) -> int:
+    """Keys and values of the other ranks' tokens: of every block until its backward, or of one that is computed again."""
+    if how.context == 1:
+        return 0
+    itemsize = 4 if config.model.dtype == "float32" and stage.trainer.precision == "32-true" else 2
+    others = stage.data.micro_batch_size * (stage.data.seq_len - stage.data.seq_len // how.context)
+    one = others * cache_width(shape) * itemsize
+    if config.model.gradient_checkpointing:
+        return one if phase.block is not None else 0
+    before = phase.name == "forward" and phase.block is None
+    at = shape.num_hidden_layers if phase.name == "loss" else 0 if phase.block is None or before else phase.block + 1
+    return one * at
+
+
+def cache_width(shape: DiffTransformerConfig) -> int:
+    """Numbers that the cache of one layer holds of a token: keys and values."""
+    assert shape.head_dim is not None and shape.num_key_value_heads is not None
+    return shape.num_key_value_heads * shape.head_dim + shape.num_kv_groups * shape.value_head_dim
+
+
+def evaluation_caches(config: Config, stage: StageConfig, shape: DiffTransformerConfig) -> dict[str, int]:
+    """Bytes of keys and values that each task of a stage holds at once, one layer twice while it grows."""
+    settings, found = stage.evaluation, {}
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    for task in settings.tasks:
+        keys = vars(task)
+        rows = keys.get("batch_size") or settings.batch_size * max(1, settings.num_samples)
+        answer = keys.get("max_new_tokens") or settings.max_new_tokens
+        if "lengths" in keys:
+            length = max(task.lengths) + answer  # type: ignore[attr-defined]  # of those kinds that have it
+        elif "max_tokens" in keys or "length" in keys:
+            length, rows = keys.get("max_tokens") or keys["length"], 1
+        else:
+            length = PROMPT_TOKENS + answer
+        if "max_batch_tokens" in keys:
+            rows = max(1, min(rows, keys["max_batch_tokens"] // length))
+        found[task.task_name()] = rows * length * cache_width(shape) * itemsize * (shape.num_hidden_layers + 1)
+    return found
+
+
+class _SkeletonTeacher(OnlineTeacher):
+    """A teacher without weights, of which nothing can be asked."""
+
+    def _probe(self) -> None:
+        """Has no values to compare."""
+
+
+class _SkeletonDistillation(DistillModule):
+    """The module without a Trainer, at its first step."""
+
+    _dtype = torch.float64
+
+    @property
+    def _parts(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.zeros(2, dtype=self._dtype)
+
+    @_parts.setter
+    def _parts(self, value: torch.Tensor) -> None:
+        """Nobody reads the sums."""
+
+    def _align_weight(self) -> float:
+        return self.align_weight
+
+
+def _distilling(stage: StageConfig, model: Any) -> DistillModule:
+    distill = stage.distill
+    teacher = None
+    if distill.top_k is None:
+        assert distill.teacher is not None, "checked by the caller"
+        skeleton = build_teacher_skeleton(distill.teacher, distill.teacher_dtype)
+        teacher = _SkeletonTeacher(skeleton, vocab_size=model.config.vocab_size)
+    return _SkeletonDistillation(
+        model,
+        teacher=teacher,
+        divergence=distill.divergence,
+        weight=distill.weight,
+        temperature=distill.temperature,
+        beta=distill.beta,
+        align_weight=distill.align_weight,
+        align_steps=distill.align_steps,
+        lr=1.0,
+        z_loss=stage.optim.z_loss,
+    )
