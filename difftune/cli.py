@@ -159,7 +159,7 @@ def _run(found: Invocation) -> int:
     if command == "merge" or (command == "export" and _is_of_adapter(found)):
         return _write_adapter(found)
     config_file = _single(found, "config")
-    if command in ("fit", "prepare") and config_file is None and not found.overrides:
+    if command in ("fit", "prepare", "plan") and config_file is None and not found.overrides:
         raise UsageError(f"{command} needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
         if name not in found.values and "print-config" not in found.flags:
@@ -175,6 +175,11 @@ def _run(found: Invocation) -> int:
 
         print(to_yaml(config), end="")
         return 0
+
+    if command == "plan":
+        from difftune import run_plan
+
+        return run_plan.plan(config, found.values, as_json="json" in found.flags)
 
     from difftune import run
 

@@ -73,6 +73,17 @@ class StagePlan:
         return max(self.moments, key=lambda moment: moment.total)
 
     @property
+    def step_flops(self) -> float:
+        """Of an optimiser step, all devices."""
+        return self.flops_per_token * self.tokens_a_step
+
+    @property
+    def tokens_per_hour(self) -> float:
+        """Of all devices at the stated share of the peak."""
+        machine = self.machine
+        return 3600 * machine.devices * machine.mfu * PEAKS[machine.gpu] / self.flops_per_token
+
+    @property
     def fits(self) -> bool:
         """Whether the peak is within the memory."""
         return self.peak.total <= self.available
@@ -115,7 +126,7 @@ def plan_stages(
 
 
 def _plan(config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine) -> StagePlan:
-    blocks, checkpoints = shape.num_hidden_layers, config.model.gradient_checkpointing
+    checkpoints = config.model.gradient_checkpointing
     traced = phases(config, stage, shape, machine)
     found = moments(config, stage, shape, machine, traced)
     kept = {checkpoints: kept_a_block(traced)}
@@ -138,7 +149,6 @@ def _plan(config: Config, stage: StageConfig, shape: DiffTransformerConfig, mach
     rows = min(trained_tokens(stage, machine), max(1, CHUNK_ELEMENTS // shape.vocab_size))
     available = machine.memory - (RESERVE if machine.is_gpu else 0)
     peak = max(moment.total for moment in found)
-    assert blocks >= 1
     return StagePlan(
         stage=stage.name,
         machine=machine,

@@ -48,6 +48,12 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "result_folder": {"evaluation"},
     "evaluate": {"evaluation", "report", "result_folder"},
     "build": {*CONFIG, "checkpoints", "data", "evaluation", "modeling", "run_folder", "training"},
+    "plan_trace": {"evaluation", "modeling", "ops"},
+    "plan_model": {*CONFIG, "build", "checkpoints", "modeling"},
+    "plan_step": {*CONFIG, "modeling", "ops", "plan_model", "plan_trace", "training"},
+    "plan": {*CONFIG, "data", "environment", "modeling", "ops", "plan_model", "plan_step", "plan_trace", "training"},
+    "plan_report": {"plan"},
+    "run_plan": {*CONFIG, "plan", "plan_report", "terminal"},
     "prepare": {*CONFIG, "build", "data", "dry_run", "evaluation", "report", "run_folder"},
     "run": {
         *CONFIG,
@@ -68,7 +74,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "terminal": set(),
     "run_adapters": {"checkpoints", "data", "modeling", "terminal"},
     "run_convert": {"checkpoints", "terminal"},
-    "cli": {*CONFIG, "cli_commands", "report", "run", "run_adapters", "run_convert"},
+    "cli": {*CONFIG, "cli_commands", "report", "run", "run_adapters", "run_convert", "run_plan"},
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 
