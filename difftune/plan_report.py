@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,11 +26,13 @@ def print_plan(plan: StagePlan, console: Console) -> None:
         f"{parameters['total']:,} parameters, {parameters['trainable']:,} of them trained, "
         f"{parameters['lambda']:,} lambda; {ranks}, {gib(machine.memory)} GiB each"
     )
-    table = Table("one rank, GiB", *_PARTS, "sum", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    parts = [name for name in _PARTS if any(getattr(moment, name) for moment in plan.moments)]
+    table = Table("GiB of one rank", *parts, "sum", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column is table.columns[0] else "right"
     for moment in plan.moments:
-        cells = [gib(getattr(moment, name)) if getattr(moment, name) else "" for name in _PARTS]
+        cells = [gib(getattr(moment, name)) if getattr(moment, name) else "" for name in parts]
         marked = "bold" if moment is peak else None
         table.add_row(moment.where, *cells, gib(moment.total), style=marked)
     console.print(table, highlight=False)
@@ -70,7 +73,7 @@ def _print_suggestions(plan: StagePlan, console: Console) -> None:
     if not plan.suggestions:
         console.print("nothing that this command knows to change saves memory: more or larger devices", highlight=False)
         return
-    table = Table("change", "saves GiB", "peak GiB", "fits", "at the cost of")
+    table = Table("change", "saves GiB", "peak GiB", "fits", "at the cost of", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns[1:3]:
         column.justify = "right"
     for suggestion in plan.suggestions:
