@@ -3,8 +3,8 @@
 python -m benchmarks.plan [--scale 4] [--threads 1]
 
 The texts are what the plan assumes: rows are full, every token is learned, four documents in a packed row. Each
-configuration trains for two optimiser steps in a process of its own, through the same objects as
-`difftune fit`. Measured is the peak of torch's allocator, by the profiler, from the building of the model on; and the resident memory
+configuration trains for two optimiser steps in a process of its own, through the same objects as `difftune fit`.
+Measured is the peak of torch's allocator, by the profiler, from the building of the model on; and the resident memory
 of the process above what it held before, which has the gaps of the allocator and whatever libraries load besides.
 """
 
@@ -174,8 +174,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             found |= run_child("benchmarks.plan", ["--child", kind, name, *passed], args.threads)
         planned, allocated, resident = (found[key] / 2**20 for key in ("planned", "allocated", "resident"))
         rows.append(
-            [name, f"{planned:.1f}", f"{allocated:.1f}", f"{planned / allocated:.3f}"]
-            + [f"{resident:.1f}", f"{planned / resident:.3f}"]
+            [
+                name,
+                f"{planned:.1f}",
+                f"{allocated:.1f}",
+                f"{planned / allocated:.3f}",
+                f"{resident:.1f}",
+                f"{planned / resident:.3f}",
+            ]
         )
     print("Peak memory of a training step, MiB: planned, and measured over two optimiser steps, float32")
     print(machine(args.threads, "transformers", "lightning", "peft"))

@@ -169,6 +169,11 @@ def _run(found: Invocation) -> int:
             "evaluate needs tasks: --data FILE, --task KIND, or --config with a recipe that has evaluation.tasks"
         )
 
+    if command == "doctor" and "print-config" not in found.flags:
+        from difftune.diagnose import diagnose
+
+        return diagnose(config_file, found.overrides)
+
     config = load_config(config_file, _option_overrides(found) + _task_overrides(found), command=command)
     if "print-config" in found.flags:
         from difftune.config_text import to_yaml

@@ -84,6 +84,17 @@ COMMANDS = {
   difftune plan --config recipes/quickstart.yaml
   difftune plan --config recipes/quickstart.yaml data.seq_len=65536 model.gradient_checkpointing=true --json""",
     ),
+    "doctor": Command(
+        summary="say what this machine has, and whether a recipe could start on it",
+        about="Versions, GPUs, attention backends and why one does not run, the flash-attn wheel that fits, whether\n"
+        "ranks reach one another, disk, shared memory, hub. Under torchrun its ranks are tried, otherwise two local\n"
+        "processes. Exit code 0: fit with this recipe could start; 1: it could not, with every reason.",
+        options=(),
+        examples="""
+  difftune doctor
+  difftune doctor --config recipes/quickstart.yaml
+  torchrun --nproc-per-node 8 cli.py doctor --config recipes/math_stage1.yaml model.path=DIR""",
+    ),
     "prepare": Command(
         summary="check and tokenise the data of a recipe; store what a teacher says to them",
         about="Tokenises the training data of every stage into the cache that fit reads (data.cache_dir, or cache/ in\n"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from difftune.build_scale import training_bytes
 from difftune.config import Config, StageConfig
 from difftune.config_adapter import AdapterConfig
 from difftune.data.forecast import Forecast
@@ -16,6 +17,7 @@ from difftune.plan_model import architecture, build_skeleton
 from difftune.plan_step import DOCUMENTS_A_ROW, PROMPT_TOKENS, Machine, Moment, moments, phases, shards, trained_tokens
 from difftune.plan_trace import fused_kernels_cover, kept_a_block
 from difftune.training.flops import PEAKS, ModelFlops
+from difftune.training.strategies import choose_strategy
 
 GIB = 2**30
 RESERVE = 2 * GIB
@@ -120,8 +122,12 @@ def plan_stages(
         devices = stage.trainer.devices
         listed = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
         memory = gpu_memory_gib * GIB if gpu_memory_gib else 80 * GIB if is_gpu else total_memory_bytes()
-        machine = Machine(is_gpu, gpus or listed * stage.trainer.num_nodes, int(memory), gpu, mfu)
-        plans.append(_plan(config, stage, shape, machine))
+        count = gpus or listed * stage.trainer.num_nodes
+        strategy = stage.trainer.strategy
+        if strategy == "auto":
+            quantized = config.model.quantization is not None
+            strategy = "ddp" if quantized else choose_strategy(count, training_bytes(config, shape), int(memory)).name
+        plans.append(_plan(config, stage, shape, Machine(is_gpu, count, int(memory), gpu, mfu, strategy)))
     return plans
 
 
@@ -181,6 +187,8 @@ def _suggestions(
     found = []
     for change, cost, overrides in _candidates(config, stage, machine):
         other, other_stage, other_machine = copy.deepcopy(config), copy.deepcopy(stage), machine
+        if overrides.get("trainer.strategy") == "fsdp":
+            other_machine = replace(machine, strategy="fsdp")
         for key, value in overrides.items():
             section, _, name = key.partition(".")
             if key == "adapter":
@@ -222,12 +230,14 @@ def _candidates(config: Config, stage: StageConfig, machine: Machine) -> list[tu
             )
         )
     if config.adapter is None:
-        found.append(("adapter.preset=attention", "an adapter instead of the whole model", {"adapter": AdapterConfig()}))
-    elif model.quantization is None:
+        found.append(
+            ("adapter.preset=attention", "an adapter instead of the whole model", {"adapter": AdapterConfig()})
+        )
+    elif model.quantization is None and machine.strategy != "fsdp":
         found.append(
             ("model.quantization=nf4", "a base in 4 bits, dequantised for each product", {"model.quantization": "nf4"})
         )
-    if machine.devices > 1 and trainer.strategy != "fsdp":
+    if machine.devices > 1 and machine.strategy != "fsdp" and model.quantization is None:
         found.append(("trainer.strategy=fsdp", "weights are gathered block by block", {"trainer.strategy": "fsdp"}))
     if data.seq_len > 2048:
         found.append((f"data.seq_len={data.seq_len // 2}", "other data", {"data.seq_len": data.seq_len // 2}))
@@ -250,6 +260,8 @@ def _assumptions(config: Config, stage: StageConfig, shape: DiffTransformerConfi
     found.append("every token is learned; documents are as long as a row in the arithmetic")
     if any(not hasattr(task, "lengths") for task in stage.evaluation.tasks):
         found.append(f"prompts of evaluations have {PROMPT_TOKENS} tokens where the task does not say")
-    if machine.devices > 1:
+    if machine.strategy == "fsdp":
         found.append("sharded memory was added up, not traced: two gathered blocks at once, gradients sent in one copy")
+        if stage.trainer.fsdp.tensor_parallel_size > 1:
+            found.append("activations under tensor parallelism are counted whole: less than that is needed")
     return found

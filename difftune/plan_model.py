@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
-from difftune.build import build_tokenizer, fresh_architecture
+from difftune.build import build_tokenizer, checkpoint_blocks, fresh_architecture
 from difftune.checkpoints.adapters import base_of_adapter
 from difftune.checkpoints.diffllama import config_from_diffllama
 from difftune.checkpoints.folders import read_config, read_json, resolve_folder
@@ -77,8 +77,7 @@ def build_skeleton(
         if config.adapter is not None:
             add_adapter(model, AdapterSettings(**vars(config.adapter)))
     if config.model.gradient_checkpointing:
-        # transformers 5.23 renames it; 5.17 has the old name only.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        checkpoint_blocks(model, config.model.gradient_checkpointing_every)
     return model
 
 
@@ -101,11 +100,6 @@ def build_teacher_skeleton(path: str, dtype: str | None) -> PreTrainedModel:
         if dtype is not None:
             cast_weights(model, getattr(torch, dtype))
     return model
-
-
-def block_bytes(model: DiffTransformerForCausalLM) -> int:
-    """Weights of one block."""
-    return tensor_bytes(model.model.layers[0])
 
 
 def tensor_bytes(module: nn.Module, *, trained: bool = False) -> int:

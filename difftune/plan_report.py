@@ -16,7 +16,7 @@ def print_plan(plan: StagePlan, console: Console) -> None:
     """Print a plan: what it is for, a table of moments, whether it fits, what to change."""
     machine, peak, parameters = plan.machine, plan.peak, plan.parameters
     what = "GPU" if machine.is_gpu else "CPU"
-    ranks = f"{machine.devices} {what}{'s' if machine.devices > 1 else ''}"
+    ranks = f"{machine.devices} {what}" + (f"s by {machine.strategy}" if machine.devices > 1 else "")
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

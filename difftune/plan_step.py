@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ class Machine:
     """Name, for the peak arithmetic."""
     mfu: float
     """Share of that peak that the model's own arithmetic is assumed to use."""
+    strategy: str = "ddp"
+    """How several devices work together: `ddp` or `fsdp`."""
 
 
 @dataclass(frozen=True)
@@ -66,33 +69,16 @@ class Moment:
 class Shards(NamedTuple):
     """How a stage is spread over the devices."""
 
-    strategy: str
-    """`single`, `ddp`, `auto` (Lightning's ddp) or `fsdp`."""
     model: int
     """Ranks that hold the model together."""
     context: int
     """Ranks that hold a row together."""
-    reshards: bool
-    """Whether a gathered block is freed after its forward."""
-    offloads: bool
-    """Whether shards lie in the memory of the host."""
-    param_dtype: str | None
-    """Of gathered weights; None is that of the shards."""
 
 
 def shards(stage: StageConfig, machine: Machine) -> Shards:
     """How a stage is spread over the devices of a machine."""
-    trainer = stage.trainer
-    settings = getattr(trainer, "fsdp", None)
-    is_sharded = trainer.strategy == "fsdp"
-    return Shards(
-        "single" if machine.devices == 1 else trainer.strategy,
-        machine.devices if is_sharded else 1,
-        getattr(trainer, "context_parallel_size", 1),
-        getattr(settings, "reshard_after_forward", True),
-        is_sharded and getattr(settings, "cpu_offload", False),
-        getattr(settings, "param_dtype", None),
-    )
+    sharded = machine.devices if machine.strategy == "fsdp" else 1
+    return Shards(sharded, getattr(stage.trainer, "context_parallel_size", 1))
 
 
 def trained_tokens(stage: StageConfig, machine: Machine) -> int:
@@ -114,7 +100,13 @@ def phases(config: Config, stage: StageConfig, shape: DiffTransformerConfig, mac
         shape: The architecture.
         machine: Whose kernels are counted.
     """
-    model = build_skeleton(config, shape, min(TRACED_BLOCKS, shape.num_hidden_layers))
+    computes_in = stage.trainer.fsdp.param_dtype
+    if machine.strategy == "fsdp" and computes_in is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=computes_in))
+    # With some blocks computed again and others not, they are not alike.
+    differ = config.model.gradient_checkpointing and config.model.gradient_checkpointing_every > 1
+    blocks = shape.num_hidden_layers if differ else min(TRACED_BLOCKS, shape.num_hidden_layers)
+    model = build_skeleton(config, shape, blocks)
     data, distill = stage.data, stage.distill
     rows, length = data.micro_batch_size, _row(stage, machine)
     label_tokens = trained_tokens(stage, machine)
@@ -160,65 +152,73 @@ def moments(
     """
     model = build_skeleton(config, shape)
     how = shards(stage, machine)
-    block, whole = model.model.layers[0], tensor_bytes(model)
-    trained, trained_block = tensor_bytes(model, trained=True), tensor_bytes(block, trained=True)
-    held = 0 if how.offloads else 1
+    whole, trained = tensor_bytes(model), tensor_bytes(model, trained=True)
+    held = 0 if how.model > 1 and stage.trainer.fsdp.cpu_offload else 1
     weights = held * whole // how.model
     teacher = 0
     if stage.distill.teacher is not None and stage.distill.top_k is None:
         teacher = tensor_bytes(build_teacher_skeleton(stage.distill.teacher, stage.distill.teacher_dtype))
     optimizer, gradients = held * 2 * trained // how.model, held * trained // how.model
-    # Lightning's ddp has buckets beside the gradients; ours has the gradients in them.
-    buckets = trained if how.strategy == "auto" else 0
     accumulates = stage.trainer.accumulate_grad_batches > 1
     found: dict[str, Moment] = {}
     made = 0
     for phase in traced:
-        gathered = buckets
-        if how.model > 1:
-            gathered += _gathered(model, how, phase.name.startswith("backward"), trained_block)
+        gathered = _gathered(model, stage, phase) if how.model > 1 else 0
         # The second micro-batch adds to the gradients of the first; a shard has its share of what was made so far.
-        before = trained if accumulates else made
-        activations, own = phase.peak, before
-        if phase.peak_with_gradients - phase.peak > 0 and not accumulates:
-            activations = phase.peak_with_gradients
+        own = trained if accumulates or (how.model > 1 and made) else made
+        activations = phase.peak if accumulates else max(phase.peak, phase.peak_with_gradients)
         activations += _gathered_keys(config, stage, shape, how, phase)
-        moment = Moment(
-            str(phase), weights + teacher, gathered, optimizer, held * own // how.model, activations
-        )
+        moment = Moment(str(phase), weights + teacher, gathered, optimizer, held * own // how.model, activations)
         best = found.get(phase.name)
         if best is None or moment.total > best.total:
             found[phase.name] = moment
         made += phase.gradients
     # Without the fused kernel, which a gradient scaler cannot use, a copy of the moments is made.
     scratch = trained // how.model if stage.trainer.precision == "16-mixed" else 0
-    step = Moment("optimiser step", weights + teacher, buckets, optimizer, gradients, scratch)
+    step = Moment("optimiser step", weights + teacher, 0, optimizer, gradients, scratch)
     evaluations = [
-        Moment(f"evaluation {name}", weights + teacher, buckets, optimizer, 0, 0, cache)
+        Moment(
+            f"evaluation {name}",
+            weights + teacher,
+            _whole(stage, model) if how.model > 1 else 0,
+            optimizer,
+            0,
+            0,
+            cache,
+        )
         for name, cache in evaluation_caches(config, stage, shape).items()
     ]
     return [*found.values(), step, *evaluations]
 
 
-def _gathered(model: Any, how: Shards, in_backward: bool, trained_block: int) -> int:
-    """What a rank holds of others' shards: the root, the block that runs and the one fetched ahead."""
-    dtype = None if how.param_dtype is None else getattr(torch, how.param_dtype)
-    blocks = model.model.layers
-
-    def size(module: torch.nn.Module) -> int:
-        if dtype is None:
-            return tensor_bytes(module)
-        return sum(dtype.itemsize * p.numel() for p in module.parameters())
-
-    root = size(model.lm_head) + size(model.model.norm)
-    ahead = size(blocks[0]) * (min(2, len(blocks)) if how.reshards else len(blocks))
-    return root + ahead + (trained_block if in_backward else 0)
+def _gathered(model: Any, stage: StageConfig, phase: Phase) -> int:
+    """What a rank holds of others' shards: the root, the block that runs and the one fetched ahead; gradients sent."""
+    fsdp, blocks = stage.trainer.fsdp, model.model.layers
+    root = _size(model.lm_head, fsdp.param_dtype) + _size(model.model.norm, fsdp.param_dtype)
+    if phase.block is None and phase.name != "loss" and model.lm_head.weight is not model.model.embed_tokens.weight:
+        root += _size(model.model.embed_tokens, fsdp.param_dtype)
+    held = min(2, len(blocks)) if fsdp.reshard_after_forward else len(blocks)
+    sent = 0
+    if phase.name == "backward":
+        sent = _size(blocks[0], fsdp.reduce_dtype or "float32", trained=True)
+    return root + held * _size(blocks[0], fsdp.param_dtype) + sent
 
 
-def _gathered_keys(
-    config: Config, stage: StageConfig, shape: DiffTransformerConfig, how: Shards, phase: Phase
-) -> int:
-    """Keys and values of the other ranks' tokens: of every block until its backward, or of one that is computed again."""
+def _whole(stage: StageConfig, model: Any) -> int:
+    """The weights that an evaluation gathers once, for every rank to generate by itself."""
+    return _size(model, stage.trainer.fsdp.param_dtype)
+
+
+def _size(module: torch.nn.Module, dtype: str | None, *, trained: bool = False) -> int:
+    """Bytes of a module's parameters in a dtype; None is their own."""
+    if dtype is None:
+        return tensor_bytes(module, trained=trained)
+    width = getattr(torch, dtype).itemsize
+    return sum(width * p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _gathered_keys(config: Config, stage: StageConfig, shape: DiffTransformerConfig, how: Shards, phase: Phase) -> int:
+    """Keys and values of other ranks' tokens: of every block until its backward, or of one that is computed again."""
     if how.context == 1:
         return 0
     itemsize = 4 if config.model.dtype == "float32" and stage.trainer.precision == "32-true" else 2

@@ -69,7 +69,7 @@ def trace_step(
     """The phases of one micro-batch, forward to the end of the backward.
 
     Args:
-        module: A `FinetuneModule` whose model is on the meta device and has at most `TRACED_BLOCKS` blocks.
+        module: A `FinetuneModule` whose model is on the meta device, with all blocks or with `TRACED_BLOCKS`.
         batch: What its `compute_loss` takes; of tensors only shape and dtype count, but for `Documents`.
         num_blocks: Of the whole model; the phases are those of all of them.
         label_tokens: Label tokens of the batch.
@@ -78,7 +78,7 @@ def trace_step(
     """
     model: nn.Module = module.model
     blocks = [layer for layer in model.modules() if isinstance(layer, DecoderLayer)]
-    assert len(blocks) == min(num_blocks, TRACED_BLOCKS), "the caller built the model for it"
+    assert len(blocks) in (num_blocks, TRACED_BLOCKS), "the caller built the model for it"
     model.train()
     documents = batch.get("cu_seqlens")
     if isinstance(documents, Documents):
@@ -102,7 +102,7 @@ def trace_step(
                 loss = module.compute_loss(fake)[0]
             loss.backward()
             del loss
-    return _all_blocks(memory.ended(), num_blocks)
+    return _all_blocks(memory.ended(), num_blocks) if len(blocks) < num_blocks else memory.ended()
 
 
 def kept_a_block(phases: list[Phase]) -> int:
@@ -116,8 +116,6 @@ def kept_a_block(phases: list[Phase]) -> int:
 def _all_blocks(phases: list[Phase], num_blocks: int) -> list[Phase]:
     """The phases of all blocks, from those of the first, one between and the last."""
     more = num_blocks - TRACED_BLOCKS
-    if more <= 0:
-        return phases
     between = next(p for p in phases if p.name == "forward" and p.block == 1)
     kept = between.left - between.held
     found: list[Phase] = []
@@ -311,7 +309,7 @@ def fused_kernels_cover(half: bool, head_dim: int, value_head_dim: int) -> bool:
 
 
 def _attend_on_gpu(call: AttentionCall) -> torch.Tensor:
-    """Our fused kernels where they cover it, else torch's or flash-attn's, which keep the same: q, k, v, out and lse."""
+    """Our fused kernels where they cover it, else torch's or flash-attn's, which both keep q, k, v, out and lse."""
     half = torch.is_autocast_enabled("cpu") or call.q.dtype in (torch.bfloat16, torch.float16)
     if call.lam is not None and fused_kernels_cover(half, call.q.shape[-1], call.v.shape[-1]):
         return triton_diff_attention(

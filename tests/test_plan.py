@@ -130,7 +130,7 @@ def test_a_teacher_that_runs_beside_counts_with_its_weights(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_planned_is_refused_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match="model.path: .*model.path=null"):
+    with pytest.raises(ValueError, match=r"model\.path: .*model\.path=null"):
         planned("model.path=not/here/at/all")
     with pytest.raises(ValueError, match="--gpu H1000 is unknown: choose one of"):
         planned(*SMALL, gpu="H1000")

@@ -1,6 +1,7 @@
 """The phases of a traced step, and what a GPU's kernels keep."""
 
 from dataclasses import astuple
+from itertools import pairwise
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_a_step_goes_up_the_blocks_and_down_again() -> None:
         *(f"backward of block {block}" for block in reversed(range(5))),
         "backward, below the blocks",
     ]
-    assert all(later.held == earlier.left for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later.held == earlier.left for earlier, later in pairwise(found))
     # What stays at the end is the hidden states that the output holds, nothing of a block.
     assert found[-1].left < kept_a_block(found) / 4
 

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ from difftune.training.optim import (
     build_schedule,
     reset_hyperparameters,
 )
+from difftune.training.sharding import average_replicated_gradients
+from difftune.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ class FinetuneModule(LightningModule):
         max_nonfinite_steps: Skipped steps in a row that stop the run, at least 1.
         adapter_config: Of the adapter inside the model, as in ``adapter_config.json``. Checkpoints then hold it, and
             of the weights those that are trained alone. None: the whole model.
+        load_weights: Called with the model and ``device`` when the strategy has sharded it, to fill what is on the meta
+            device. None: the model has its weights.
 
     Raises:
         ValueError: If ``max_nonfinite_steps`` is below 1; at set-up, if the Trainer's precision or clipping
@@ -105,6 +110,7 @@ class FinetuneModule(LightningModule):
         z_loss: float = 0.0,
         max_nonfinite_steps: int = 5,
         adapter_config: dict[str, Any] | None = None,
+        load_weights: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
         if max_nonfinite_steps < 1:
@@ -132,6 +138,17 @@ class FinetuneModule(LightningModule):
         self._skipped_in_a_row = 0
         self._loss_divisor: int | None = None
         self._resumed = False
+        self._replicated: list[nn.Parameter] = []
+        self._load_weights = load_weights
+
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy does; a second call changes nothing."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            self._replicated = strategy.shard(self.model)
+            if self._load_weights is not None:
+                self._load_weights(self.model, device=strategy.weights_device)
+                self._replicated = strategy.shard(self.model)
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer settings that would not do what they say; put the model into train mode."""
@@ -215,6 +232,8 @@ class FinetuneModule(LightningModule):
             torch.distributed.all_reduce(self._window)
             self._window /= self.trainer.world_size
         loss_sum, labels = self._window.unbind()
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            average_replicated_gradients(self._replicated, self.trainer.strategy.device_mesh["data_parallel"])
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         assert self._loss_divisor is not None
         norm = rescale_and_clip_(gradients, self._loss_divisor / labels, gradient_clip_val)
