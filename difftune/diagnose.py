@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -26,7 +27,7 @@ from difftune.ops import flash
 from difftune.ops.diff_attention import choose_backend
 from difftune.ops.triton import coverage
 from difftune.terminal import console, is_first_rank, set_up_logging
-from difftune.training.strategies import count_devices, kind_of_device
+from difftune.training.strategies import kind_of_device
 
 FLASH_ATTN = "2.8.3"
 """The flash-attn whose wheel is named: the last one of version 2 that the extra `flash` asks for."""
@@ -123,13 +124,12 @@ def find_devices(config: Config | None) -> list[Finding]:
     for stage in [] if config is None else config.resolved_stages():
         trainer = stage.trainer
         kind = kind_of_device(trainer.accelerator)
-        wanted = 1 if kind == "cpu" else count_devices(trainer.accelerator, trainer.devices) // trainer.num_nodes
+        asked = trainer.devices
+        wanted = len(asked) if isinstance(asked, list) else int(asked) if str(asked).isdecimal() else 1
         there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, wanted)
-        if wanted > there or (kind == "cuda" and not there):
-            text = (
-                f"stage {stage.name} wants {max(1, wanted)} {kind} devices, {there} are here: trainer.accelerator=cpu"
-            )
-            found.append(Finding("devices", "fault", f"{text}, or fewer trainer.devices"))
+        if wanted > there:
+            text = f"stage {stage.name} wants {wanted} {kind} devices, and {there} are here: set trainer.devices"
+            found.append(Finding("devices", "fault", f"{text}, or trainer.accelerator=cpu"))
     return found
 
 
@@ -167,7 +167,10 @@ def find_backends(config: Config | None) -> list[Finding]:
         reasons["flash"] = f"flash-attn is not installed: {flash.INSTALL}"
     elif not flash.supports(q):
         reasons["flash"] = f"flash-attn takes 16 bits on CUDA and heads up to {flash.MAX_HEAD_DIM}"
+    # What is chosen stands in the finding; the operator would log it too.
+    logging.getLogger("difftune.ops").setLevel(logging.WARNING)
     chosen = choose_backend("auto", q, lambda: why_not_triton(True))
+    logging.getLogger("difftune.ops").setLevel(logging.NOTSET)
     runs = [name for name, reason in reasons.items() if reason is None]
     found = [Finding("attention", "ok", f"{', '.join(runs)} run here for {origin} on {device}; auto takes {chosen}")]
     for name, reason in reasons.items():
@@ -184,7 +187,8 @@ def find_wheel() -> Finding:
         torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi(), sys.version_info[:2], platform.machine()
     )
     if name is None or sys.platform != "linux":
-        return Finding("flash-attn wheel", "note", "none fits: wheels are for Linux and a torch built for CUDA")
+        reason = f"torch {torch.__version__} is built without CUDA" if name is None else "wheels are for Linux"
+        return Finding("flash-attn wheel", "note", f"none fits: {reason}")
     return Finding(
         "flash-attn wheel",
         "ok" if flash.is_available() else "note",
@@ -232,9 +236,10 @@ def find_disk(config: Config | None) -> list[Finding]:
     where = f"run_dir {folder}" if there == folder else f"run_dir {folder} (not there yet; {there} is)"
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".difftune-doctor-") as file:
+            block = os.urandom(2**20)
             started = time.perf_counter()
-            for _ in range(DISK_BYTES // 2**20):
-                file.write(os.urandom(2**20))
+            for _ in range(DISK_BYTES // len(block)):
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
             speed = DISK_BYTES / (time.perf_counter() - started) / 2**20
