@@ -92,7 +92,7 @@ def _row(stage: StageConfig, machine: Machine) -> int:
 
 
 def phases(config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine) -> list[Phase]:
-    """The phases of a micro-batch of one rank, as if it held the whole model.
+    """The phases of a micro-batch of one rank, as if it held the whole model; traced once for the same settings.
 
     Args:
         config: The recipe.
@@ -100,6 +100,17 @@ def phases(config: Config, stage: StageConfig, shape: DiffTransformerConfig, mac
         shape: The architecture.
         machine: Whose kernels are counted.
     """
+    settings = (shape.to_dict(), config.model, config.adapter, stage.data, stage.distill, stage.optim.z_loss)
+    key = repr((*settings, stage.trainer.precision, stage.trainer.fsdp, shards(stage, machine), machine.is_gpu))
+    if key not in _traced:
+        _traced[key] = _trace(config, stage, shape, machine)
+    return _traced[key]
+
+
+_traced: dict[str, list[Phase]] = {}
+
+
+def _trace(config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine) -> list[Phase]:
     computes_in = stage.trainer.fsdp.param_dtype
     if machine.strategy == "fsdp" and computes_in is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=computes_in))
@@ -150,10 +161,14 @@ def moments(
         machine: The devices.
         traced: Of :func:`phases`.
     """
-    model = build_skeleton(config, shape)
-    how = shards(stage, machine)
-    whole, trained = tensor_bytes(model), tensor_bytes(model, trained=True)
-    held = 0 if how.model > 1 and stage.trainer.fsdp.cpu_offload else 1
+    # All blocks have the same parameters.
+    more = max(0, shape.num_hidden_layers - TRACED_BLOCKS)
+    model = build_skeleton(config, shape, shape.num_hidden_layers - more)
+    how, block = shards(stage, machine), model.model.layers[0]
+    whole = tensor_bytes(model) + more * tensor_bytes(block)
+    trained = tensor_bytes(model, trained=True) + more * tensor_bytes(block, trained=True)
+    fsdp = stage.trainer.fsdp
+    held = 0 if how.model > 1 and fsdp.cpu_offload else 1
     weights = held * whole // how.model
     teacher = 0
     if stage.distill.teacher is not None and stage.distill.top_k is None:
@@ -163,7 +178,7 @@ def moments(
     found: dict[str, Moment] = {}
     made = 0
     for phase in traced:
-        gathered = _gathered(model, stage, phase) if how.model > 1 else 0
+        gathered = _gathered(model, stage, phase, shape.num_hidden_layers) if how.model > 1 else 0
         # The second micro-batch adds to the gradients of the first; a shard has its share of what was made so far.
         own = trained if accumulates or (how.model > 1 and made) else made
         activations = phase.peak if accumulates else max(phase.peak, phase.peak_with_gradients)
@@ -176,11 +191,13 @@ def moments(
     # Without the fused kernel, which a gradient scaler cannot use, a copy of the moments is made.
     scratch = trained // how.model if stage.trainer.precision == "16-mixed" else 0
     step = Moment("optimiser step", weights + teacher, 0, optimizer, gradients, scratch)
+    # An evaluation gathers the weights once, for every rank to generate by itself.
+    replica = _size(model, fsdp.param_dtype) + more * _size(block, fsdp.param_dtype) if how.model > 1 else 0
     evaluations = [
         Moment(
             f"evaluation {name}",
             weights + teacher,
-            _whole(stage, model) if how.model > 1 else 0,
+            replica,
             optimizer,
             0,
             0,
@@ -191,22 +208,17 @@ def moments(
     return [*found.values(), step, *evaluations]
 
 
-def _gathered(model: Any, stage: StageConfig, phase: Phase) -> int:
+def _gathered(model: Any, stage: StageConfig, phase: Phase, num_blocks: int) -> int:
     """What a rank holds of others' shards: the root, the block that runs and the one fetched ahead; gradients sent."""
     fsdp, blocks = stage.trainer.fsdp, model.model.layers
     root = _size(model.lm_head, fsdp.param_dtype) + _size(model.model.norm, fsdp.param_dtype)
     if phase.block is None and phase.name != "loss" and model.lm_head.weight is not model.model.embed_tokens.weight:
         root += _size(model.model.embed_tokens, fsdp.param_dtype)
-    held = min(2, len(blocks)) if fsdp.reshard_after_forward else len(blocks)
+    held = min(2, num_blocks) if fsdp.reshard_after_forward else num_blocks
     sent = 0
     if phase.name == "backward":
         sent = _size(blocks[0], fsdp.reduce_dtype or "float32", trained=True)
     return root + held * _size(blocks[0], fsdp.param_dtype) + sent
-
-
-def _whole(stage: StageConfig, model: Any) -> int:
-    """The weights that an evaluation gathers once, for every rank to generate by itself."""
-    return _size(model, stage.trainer.fsdp.param_dtype)
 
 
 def _size(module: torch.nn.Module, dtype: str | None, *, trained: bool = False) -> int:
