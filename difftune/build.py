@@ -30,6 +30,7 @@ from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
+from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
@@ -129,16 +130,8 @@ def build_model(
     if config.quantization is not None:
         log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:
-        checkpoint_blocks(model, config.gradient_checkpointing_every)
+        recompute_blocks(model, every=config.gradient_checkpointing_every)
     return model
-
-
-def checkpoint_blocks(model: DiffTransformerForCausalLM, every: int) -> None:
-    """Let every so many-th block be computed again in the backward."""
-    # transformers 5.23 renames it; 5.17 has the old name only.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    for index, layer in enumerate(model.model.layers):
-        layer.gradient_checkpointing = index % every == 0
 
 
 def build_adapter(
@@ -242,7 +235,7 @@ def build_module(
         model: To be trained.
         data: The stage's data.
         tokenizer: The student's, for a teacher to be compared with.
-        world_size: Number of processes.
+        world_size: Number of processes that have batches of their own.
         adapted: The model with its adapter, if it has one.
     """
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -14,6 +14,7 @@ from difftune.config_checks_scale import fsdp_problems
 from difftune.environment import total_memory_bytes
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.training.strategies import build_strategy, choose_strategy, count_devices, kind_of_device
+from difftune.training.tensor_parallel import check_tensor_parallel
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ def settle_strategies(config: Config, architecture: DiffTransformerConfig) -> Co
     """
     stages = config.resolved_stages()
     asked = {stage.trainer.strategy for stage in stages}
+    for stage in stages:
+        # What it refuses, it refuses before anything is read.
+        build_stage_strategy(stage)
+        check_tensor_parallel(architecture, stage.trainer.fsdp.tensor_parallel_size)
     # One for the run: a later stage goes on with the model as the first one sharded it.
     settled = "fsdp" if "fsdp" in asked else None
     if settled is None and "auto" in asked:
@@ -71,13 +76,15 @@ def build_stage_strategy(stage: StageConfig) -> Strategy | str:
     )
 
 
-def build_stored_skeleton(path: str, dtype: torch.dtype, attention_backend: str) -> DiffTransformerForCausalLM:
+def build_stored_skeleton(path: str | Path, dtype: torch.dtype, attention_backend: str) -> DiffTransformerForCausalLM:
     """A model on the meta device whose attribute `weights_on_disk` fills it when it has been sharded."""
     model, weights = load_skeleton(path, dtype=dtype, attention_backend=attention_backend)
     return _with_weights(model, weights)
 
 
-def build_fresh_skeleton(architecture: DiffTransformerConfig, dtype: torch.dtype, seed: int) -> Any:
+def build_fresh_skeleton(
+    architecture: DiffTransformerConfig, dtype: torch.dtype, seed: int
+) -> DiffTransformerForCausalLM:
     """As `build_stored_skeleton`, of a fresh model: the values are those that one process begins with."""
     with torch.device("meta"):
         model = DiffTransformerForCausalLM(architecture)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
-from difftune.build import build_tokenizer, checkpoint_blocks, fresh_architecture
+from difftune.build import build_tokenizer, fresh_architecture
 from difftune.checkpoints.adapters import base_of_adapter
 from difftune.checkpoints.diffllama import config_from_diffllama
 from difftune.checkpoints.folders import read_config, read_json, resolve_folder
@@ -18,6 +18,7 @@ from difftune.config import Config
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
+from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import projections
 
 
@@ -77,7 +78,7 @@ def build_skeleton(
         if config.adapter is not None:
             add_adapter(model, AdapterSettings(**vars(config.adapter)))
     if config.model.gradient_checkpointing:
-        checkpoint_blocks(model, config.model.gradient_checkpointing_every)
+        recompute_blocks(model, every=config.model.gradient_checkpointing_every)
     return model
 
 

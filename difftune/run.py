@@ -223,7 +223,8 @@ def _train(
         resume_step=None if resume_from is None else step_of(resume_from),
         console=console,
     )
-    module = build_module(stage, model, data, tokenizer, trainer.world_size, adapted=adapted)
+    replicas = trainer.world_size // stage.trainer.fsdp.tensor_parallel_size
+    module = build_module(stage, model, data, tokenizer, replicas, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:
         folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))

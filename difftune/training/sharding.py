@@ -5,7 +5,7 @@ the embedding, if they are tied) and the last norm belong to the root, which sta
 
 Lambda stays apart: some vectors a layer, in float32 whatever the dtype of the model, of which sharding would save
 nothing and cost one more exchange a layer. Each rank has all of it, and its gradients are averaged in one exchange
-before an optimiser step (:func:`average_replicated_gradients`).
+before an optimiser step (:func:`finish_gradients`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from difftune.training.optim import is_lambda
+from difftune.training.tensor_parallel import parallelize_layers, shared_parameters, sum_shared_gradients
 
 
 def shard_model(
@@ -30,25 +31,24 @@ def shard_model(
     cpu_offload: bool = False,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
-) -> list[nn.Parameter]:
+) -> None:
     """Shard a causal language model over a mesh, in place; a second call changes nothing.
 
     Args:
         model: Ours, with adapters inside or not, or any of transformers' with ``get_decoder().layers``: a teacher. Give
             the causal language model itself, not PEFT's wrapper around it. Its parameters may be on the meta device.
-        mesh: With the dimension ``data_parallel``, over which batches are split.
+        mesh: With the dimensions ``data_parallel``, over which batches are split and the model is sharded, and
+            ``tensor_parallel``, over which each layer is divided first if its size is not 1.
         reshard_after_forward: Free a gathered block after its forward and gather it again in the backward. False
             saves that exchange and holds the gathered model from forward to backward.
         cpu_offload: Keep the shards, their gradients and the optimiser in the memory of the host.
         param_dtype: In which gathered weights compute. None: that of the shards.
         reduce_dtype: In which gradients are averaged. None: float32 where ``param_dtype`` is given, else their own.
-
-    Returns:
-        The parameters that are not sharded: each rank has them whole.
     """
-    replicated = [p for name, p in model.named_parameters() if is_lambda(name)]
     if isinstance(model, FSDPModule):
-        return replicated
+        return
+    if mesh["tensor_parallel"].size() > 1:
+        parallelize_layers(model, mesh["tensor_parallel"])
     offload: OffloadPolicy = OffloadPolicy()
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
@@ -58,7 +58,7 @@ def shard_model(
             param_dtype=param_dtype, reduce_dtype=reduce_dtype or (torch.float32 if param_dtype is not None else None)
         ),
         "offload_policy": offload,
-        "ignored_params": set(replicated),
+        "ignored_params": set(replicated_parameters(model)),
     }
     decoder = model.get_decoder()  # type: ignore[operator]  # of a transformers model
     for layer in decoder.layers:
@@ -70,7 +70,23 @@ def shard_model(
     _apart_by_dtype(model, options)
     # The root is needed again at once, at the start of the backward.
     fully_shard(model, reshard_after_forward=False, **options)
-    return replicated
+
+
+def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that :func:`shard_model` does not shard: those of lambda."""
+    return [parameter for name, parameter in model.named_parameters() if is_lambda(name)]
+
+
+def finish_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Exchange, once an optimiser step, the gradients that the backward of a sharded model leaves to each rank.
+
+    Args:
+        model: Sharded by :func:`shard_model`.
+        mesh: As there.
+    """
+    average_replicated_gradients(replicated_parameters(model), mesh["data_parallel"])
+    if mesh["tensor_parallel"].size() > 1:
+        sum_shared_gradients(shared_parameters(model), mesh["tensor_parallel"])
 
 
 def _apart_by_dtype(unit: nn.Module, options: dict[str, Any]) -> None:
@@ -98,10 +114,11 @@ def average_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMes
     """Average over the ranks, in one exchange, the gradients that sharding leaves to each of them.
 
     Args:
-        parameters: What :func:`shard_model` returned; those without a gradient are passed over.
-        mesh: As there.
+        parameters: Those without a gradient are passed over.
+        mesh: One dimension, over which batches are split.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    held = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g.to_local() if isinstance(g, DTensor) else g for g in held]
     if not gradients or mesh.size() == 1:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from difftune.training.sharding import shard_model
 
@@ -37,7 +38,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=False,
             # Norms of gradients on the host are summed over the ranks there.
-            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None,
         )
         self.cpu_offload, self.sharding = cpu_offload, sharding
 
@@ -46,9 +47,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Where this rank keeps its shards."""
         return torch.device("cpu") if self.cpu_offload else self.root_device
 
-    def shard(self, model: nn.Module) -> list[nn.Parameter]:
+    def shard(self, model: nn.Module) -> None:
         """Shard a model over the ranks, as :func:`~difftune.training.sharding.shard_model` does."""
-        return shard_model(model, self.device_mesh, cpu_offload=self.cpu_offload, **self.sharding)
+        shard_model(model, self.device_mesh, cpu_offload=self.cpu_offload, **self.sharding)
 
     def model_to_device(self) -> None:
         """Move the module to the device, but shards that stay on the host."""
@@ -56,6 +57,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self.cpu_offload:
             super().model_to_device()
             return
+        for parameter in self.model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(self.root_device)
         for module in self.model.modules():
             for leaf, buffer in module.named_buffers(recurse=False):
                 module._buffers[leaf] = buffer.to(self.root_device)

@@ -56,7 +56,7 @@ def test_a_fresh_model_in_shards_is_bitwise_that_of_one_process(loaded, kind):
 
 def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="make one model of them first.*difftune merge"):
+    with pytest.raises(ValueError, match=r"make one model of them first.*difftune merge"):
         load_skeleton(tmp_path)
 
 
@@ -64,5 +64,5 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
     tiny_model(num_hidden_layers=2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="missing .*model.layers.2"):
+    with pytest.raises(ValueError, match=r"missing .*model\.layers\.2"):
         load_skeleton(tmp_path)
