@@ -80,7 +80,7 @@ COMMANDS = {
             Option("json", "print plain values, in bytes"),
         ),
         examples="""
-  difftune plan --config recipes/math_stage1.yaml --gpus 8 --gpu-memory 80
+  difftune plan --config recipes/math_stage1.yaml model.path=null --gpus 8 --gpu-memory 80
   difftune plan --config recipes/quickstart.yaml
   difftune plan --config recipes/quickstart.yaml data.seq_len=65536 model.gradient_checkpointing=true --json""",
     ),
@@ -93,7 +93,7 @@ COMMANDS = {
         examples="""
   difftune doctor
   difftune doctor --config recipes/quickstart.yaml
-  torchrun --nproc-per-node 8 cli.py doctor --config recipes/math_stage1.yaml model.path=DIR""",
+  difftune doctor --config recipes/math_stage1.yaml model.path=DIR trainer.devices=8""",
     ),
     "prepare": Command(
         summary="check and tokenise the data of a recipe; store what a teacher says to them",

@@ -212,6 +212,9 @@ def _candidates(config: Config, stage: StageConfig, machine: Machine) -> list[tu
         found.append(
             ("model.gradient_checkpointing=true", "a forward more", {"model.gradient_checkpointing": True}),
         )
+    rows = stage.evaluation.batch_size
+    if rows > 1 and stage.evaluation.tasks:
+        found.append((f"evaluation.batch_size={rows // 2}", "slower answers", {"evaluation.batch_size": rows // 2}))
     if data.micro_batch_size > 1:
         half, steps = data.micro_batch_size // 2, trainer.accumulate_grad_batches * 2
         found.append(

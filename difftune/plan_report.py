@@ -26,16 +26,21 @@ def print_plan(plan: StagePlan, console: Console) -> None:
         f"{parameters['total']:,} parameters, {parameters['trainable']:,} of them trained, "
         f"{parameters['lambda']:,} lambda; {ranks}, {gib(machine.memory)} GiB each"
     )
-    parts = [name for name in _PARTS if any(getattr(moment, name) for moment in plan.moments)]
-    table = Table("GiB of one rank", *parts, "sum", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = [moment for moment in plan.moments if not moment.cache]
+    evaluations = [moment for moment in plan.moments if moment.cache]
+    if evaluations:
+        shown.append(max(evaluations, key=lambda moment: moment.total))
+    names = [name for name in _PARTS if any(getattr(moment, name) for moment in shown)]
+    table = Table("GiB of one rank", *[_PARTS[name] for name in names], "sum", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column is table.columns[0] else "right"
-    for moment in plan.moments:
-        cells = [gib(getattr(moment, name)) if getattr(moment, name) else "" for name in parts]
-        marked = "bold" if moment is peak else None
-        table.add_row(moment.where, *cells, gib(moment.total), style=marked)
+    for moment in shown:
+        cells = [gib(getattr(moment, name)) if getattr(moment, name) else "" for name in names]
+        table.add_row(moment.where, *cells, gib(moment.total), style="bold" if moment is peak else None)
     console.print(table, highlight=False)
+    if len(evaluations) > 1:
+        line(f"of {len(evaluations)} evaluations the largest; they come one after another")
     margin = plan.available - peak.total
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     room = f"{gib(margin)} GiB to spare" if plan.fits else f"{gib(-margin)} GiB too many"
@@ -54,6 +59,7 @@ def print_plan(plan: StagePlan, console: Console) -> None:
     )
     line(_hours(plan))
     if not plan.fits:
+        line("one change at a time:")
         _print_suggestions(plan, console)
     line("[dim]assumed: " + "; ".join(plan.assumptions) + "[/]")
 
@@ -66,20 +72,27 @@ def plan_values(plan: StagePlan) -> dict[str, Any]:
     return {**values, "peak_bytes": plan.peak.total, "peak_where": plan.peak.where, "fits": plan.fits}
 
 
-_PARTS = ("weights", "gathered", "optimizer", "gradients", "activations", "cache")
+_PARTS = {
+    "weights": "weights",
+    "gathered": "gathered",
+    "optimizer": "AdamW",
+    "gradients": "grads",
+    "activations": "activ.",
+    "cache": "cache",
+}
 
 
 def _print_suggestions(plan: StagePlan, console: Console) -> None:
     if not plan.suggestions:
-        console.print("nothing that this command knows to change saves memory: more or larger devices", highlight=False)
-        return
-    table = Table("change", "saves GiB", "peak GiB", "fits", "at the cost of", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in table.columns[1:3]:
-        column.justify = "right"
+        console.print("no setting that this command knows saves memory: more or larger devices", highlight=False)
     for suggestion in plan.suggestions:
-        fits = "yes" if suggestion.peak <= plan.available else "no"
-        table.add_row(suggestion.change, gib(suggestion.saves), gib(suggestion.peak), fits, suggestion.cost)
-    console.print(table, highlight=False)
+        verdict = "[green]fits[/]" if suggestion.peak <= plan.available else "[red]does not fit[/]"
+        console.print(
+            f"  {suggestion.change}  saves {gib(suggestion.saves)} GiB, peak {gib(suggestion.peak)}: {verdict} "
+            f"(the price: {suggestion.cost})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _hours(plan: StagePlan) -> str:

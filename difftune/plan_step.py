@@ -144,7 +144,7 @@ def _trace(config: Config, stage: StageConfig, shape: DiffTransformerConfig, mac
         batch,
         num_blocks=shape.num_hidden_layers,
         label_tokens=label_tokens,
-        autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(stage.trainer.precision),
+        autocast=None if stage.trainer.precision == "32-true" else _computes_in(config, stage),
         gpu=machine.is_gpu,
     )
 
@@ -233,7 +233,7 @@ def _gathered_keys(config: Config, stage: StageConfig, shape: DiffTransformerCon
     """Keys and values of other ranks' tokens: of every block until its backward, or of one that is computed again."""
     if how.context == 1:
         return 0
-    itemsize = 4 if config.model.dtype == "float32" and stage.trainer.precision == "32-true" else 2
+    itemsize = _computes_in(config, stage).itemsize
     others = stage.data.micro_batch_size * (stage.data.seq_len - stage.data.seq_len // how.context)
     one = others * cache_width(shape) * itemsize
     if config.model.gradient_checkpointing:
@@ -241,6 +241,11 @@ def _gathered_keys(config: Config, stage: StageConfig, shape: DiffTransformerCon
     before = phase.name == "forward" and phase.block is None
     at = shape.num_hidden_layers if phase.name == "loss" else 0 if phase.block is None or before else phase.block + 1
     return one * at
+
+
+def _computes_in(config: Config, stage: StageConfig) -> torch.dtype:
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return mixed.get(stage.trainer.precision, getattr(torch, config.model.dtype))
 
 
 def cache_width(shape: DiffTransformerConfig) -> int:
@@ -252,7 +257,8 @@ def cache_width(shape: DiffTransformerConfig) -> int:
 def evaluation_caches(config: Config, stage: StageConfig, shape: DiffTransformerConfig) -> dict[str, int]:
     """Bytes of keys and values that each task of a stage holds at once, one layer twice while it grows."""
     settings, found = stage.evaluation, {}
-    itemsize = getattr(torch, config.model.dtype).itemsize
+    # Evaluations during training run in its precision.
+    itemsize = _computes_in(config, stage).itemsize
     for task in settings.tasks:
         keys = vars(task)
         rows = keys.get("batch_size") or settings.batch_size * max(1, settings.num_samples)

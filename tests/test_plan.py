@@ -64,7 +64,9 @@ def test_training_the_whole_3b_needs_more_than_one_gpu_and_fits_eight_that_share
     assert not alone.fits and together.fits
     assert together.peak.weights == alone.peak.weights // 8 and together.peak.optimizer == alone.peak.optimizer // 8
     assert together.peak.gathered > 0 and alone.peak.gathered == 0
-    assert "trainer.strategy=fsdp" in {s.change for s in planned(*keys, gpus=8, gpu_memory_gib=40).suggestions}
+    copies = planned(*keys, "trainer.strategy=ddp", gpus=8, gpu_memory_gib=40)
+    assert copies.peak.total == alone.peak.total and planned(*keys, gpus=8, gpu_memory_gib=40).peak == together.peak
+    assert "trainer.strategy=fsdp" in {s.change for s in copies.suggestions}
 
 
 SMALL = [
