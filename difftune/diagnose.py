@@ -231,6 +231,8 @@ def reach_ranks_of(config: Config | None) -> list[Finding]:
 
 def find_disk(config: Config | None) -> list[Finding]:
     """Space and speed of the disk of the run folder, and whether it takes the checkpoints."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return []  # one process of a machine is enough
     folder = Path("runs" if config is None else config.run_dir).expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     where = f"run_dir {folder}" if there == folder else f"run_dir {folder} (not there yet; {there} is)"

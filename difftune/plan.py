@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from difftune.build_scale import training_bytes
 from difftune.config import Config, StageConfig
 from difftune.config_adapter import AdapterConfig
@@ -14,7 +16,17 @@ from difftune.environment import total_memory_bytes
 from difftune.modeling import DiffTransformerConfig, count_parameters
 from difftune.ops.linear_cross_entropy import CHUNK_ELEMENTS
 from difftune.plan_model import architecture, build_skeleton
-from difftune.plan_step import DOCUMENTS_A_ROW, PROMPT_TOKENS, Machine, Moment, moments, phases, shards, trained_tokens
+from difftune.plan_step import (
+    DOCUMENTS_A_ROW,
+    PROMPT_TOKENS,
+    Machine,
+    Moment,
+    computes_in,
+    moments,
+    phases,
+    shards,
+    trained_tokens,
+)
 from difftune.plan_trace import fused_kernels_cover, kept_a_block
 from difftune.training.flops import PEAKS, ModelFlops
 from difftune.training.strategies import choose_strategy
@@ -250,7 +262,7 @@ def _candidates(config: Config, stage: StageConfig, machine: Machine) -> list[tu
 def _assumptions(config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine) -> list[str]:
     found = []
     if machine.is_gpu:
-        half = stage.trainer.precision != "32-true" or config.model.dtype != "float32"
+        half = computes_in(config, stage, machine) != torch.float32
         if shape.attention != "softmax" and fused_kernels_cover(half, shape.head_dim or 0, shape.value_head_dim):
             found.append("attention by the fused Triton kernels: compute capability 8.0 or 9.0")
         else:

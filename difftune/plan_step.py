@@ -111,9 +111,9 @@ _traced: dict[str, list[Phase]] = {}
 
 
 def _trace(config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine) -> list[Phase]:
-    computes_in = stage.trainer.fsdp.param_dtype
-    if machine.strategy == "fsdp" and computes_in is not None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=computes_in))
+    gathered_in = stage.trainer.fsdp.param_dtype
+    if machine.strategy == "fsdp" and gathered_in is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=gathered_in))
     # With some blocks computed again and others not, they are not alike.
     differ = config.model.gradient_checkpointing and config.model.gradient_checkpointing_every > 1
     blocks = shape.num_hidden_layers if differ else min(TRACED_BLOCKS, shape.num_hidden_layers)
@@ -144,7 +144,7 @@ def _trace(config: Config, stage: StageConfig, shape: DiffTransformerConfig, mac
         batch,
         num_blocks=shape.num_hidden_layers,
         label_tokens=label_tokens,
-        autocast=None if stage.trainer.precision == "32-true" else _computes_in(config, stage),
+        autocast=None if stage.trainer.precision == "32-true" else computes_in(config, stage, machine),
         gpu=machine.is_gpu,
     )
 
@@ -182,7 +182,7 @@ def moments(
         # The second micro-batch adds to the gradients of the first; a shard has its share of what was made so far.
         own = trained if accumulates or (how.model > 1 and made) else made
         activations = phase.peak if accumulates else max(phase.peak, phase.peak_with_gradients)
-        activations += _gathered_keys(config, stage, shape, how, phase)
+        activations += _gathered_keys(config, stage, shape, machine, phase)
         moment = Moment(str(phase), weights + teacher, gathered, optimizer, held * own // how.model, activations)
         best = found.get(phase.name)
         if best is None or moment.total > best.total:
@@ -203,7 +203,7 @@ def moments(
             0,
             cache,
         )
-        for name, cache in evaluation_caches(config, stage, shape).items()
+        for name, cache in evaluation_caches(config, stage, shape, machine).items()
     ]
     return [*found.values(), step, *evaluations]
 
@@ -229,11 +229,14 @@ def _size(module: torch.nn.Module, dtype: str | None, *, trained: bool = False) 
     return sum(width * p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _gathered_keys(config: Config, stage: StageConfig, shape: DiffTransformerConfig, how: Shards, phase: Phase) -> int:
+def _gathered_keys(
+    config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine, phase: Phase
+) -> int:
     """Keys and values of other ranks' tokens: of every block until its backward, or of one that is computed again."""
+    how = shards(stage, machine)
     if how.context == 1:
         return 0
-    itemsize = _computes_in(config, stage).itemsize
+    itemsize = computes_in(config, stage, machine).itemsize
     others = stage.data.micro_batch_size * (stage.data.seq_len - stage.data.seq_len // how.context)
     one = others * cache_width(shape) * itemsize
     if config.model.gradient_checkpointing:
@@ -243,9 +246,11 @@ def _gathered_keys(config: Config, stage: StageConfig, shape: DiffTransformerCon
     return one * at
 
 
-def _computes_in(config: Config, stage: StageConfig) -> torch.dtype:
+def computes_in(config: Config, stage: StageConfig, machine: Machine) -> torch.dtype:
+    """The dtype of products and of what they leave: that of mixed precision, of gathered weights, or of the model."""
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    return mixed.get(stage.trainer.precision, getattr(torch, config.model.dtype))
+    gathered = stage.trainer.fsdp.param_dtype if machine.strategy == "fsdp" else None
+    return mixed.get(stage.trainer.precision, getattr(torch, gathered or config.model.dtype))
 
 
 def cache_width(shape: DiffTransformerConfig) -> int:
@@ -254,11 +259,13 @@ def cache_width(shape: DiffTransformerConfig) -> int:
     return shape.num_key_value_heads * shape.head_dim + shape.num_kv_groups * shape.value_head_dim
 
 
-def evaluation_caches(config: Config, stage: StageConfig, shape: DiffTransformerConfig) -> dict[str, int]:
+def evaluation_caches(
+    config: Config, stage: StageConfig, shape: DiffTransformerConfig, machine: Machine
+) -> dict[str, int]:
     """Bytes of keys and values that each task of a stage holds at once, one layer twice while it grows."""
     settings, found = stage.evaluation, {}
     # Evaluations during training run in its precision.
-    itemsize = _computes_in(config, stage).itemsize
+    itemsize = computes_in(config, stage, machine).itemsize
     for task in settings.tasks:
         keys = vars(task)
         rows = keys.get("batch_size") or settings.batch_size * max(1, settings.num_samples)

@@ -1,5 +1,7 @@
 """One rank's moments: shards, caches, accumulation."""
 
+import copy
+
 import pytest
 
 from difftune.config import load_config
@@ -59,10 +61,13 @@ def test_tasks_are_planned_with_their_own_lengths() -> None:
     keys = [*SMALL, f"evaluation.tasks={tasks}", "evaluation.batch_size=2"]
     config = load_config(None, keys, command="plan")
     stage, shape = config.resolved_stages()[0], architecture(config)
-    found = evaluation_caches(config, stage, shape)
+    machine = Machine(True, 2, 0, "H100", 0.4, "fsdp")
+    found = evaluation_caches(config, stage, shape, machine)
     assert found == {"a": 2 * 600 * 128 * 4 * 5, "needle": 2 * 410 * 128 * 4 * 5}
-    stage.trainer.precision = "bf16-mixed"
-    assert evaluation_caches(config, stage, shape)["a"] == found["a"] // 2
+    mixed, gathered = copy.deepcopy(stage), copy.deepcopy(stage)
+    mixed.trainer.precision, gathered.trainer.fsdp.param_dtype = "bf16-mixed", "bfloat16"
+    for other in (mixed, gathered):
+        assert evaluation_caches(config, other, shape, machine)["a"] == found["a"] // 2
 
 
 def test_a_model_is_sharded_over_all_devices_or_over_none() -> None:
