@@ -106,10 +106,7 @@ def _settle(config: Config, stage: StageConfig, architecture: DiffTransformerCon
     if config.model.quantization is not None and devices > 1:
         log.info("strategy ddp on %d devices: 4-bit weights are not sharded", devices)
         return "ddp"
-    with torch.device("meta"):
-        count = sum(p.numel() for p in DiffTransformerForCausalLM(architecture).parameters())
-    copies = 1 if config.adapter is not None else _COPIES
-    size = copies * count * getattr(torch, config.model.dtype).itemsize
+    size = training_bytes(config, architecture)
     choice = choose_strategy(devices, size, _memory_of_device(trainer.accelerator, devices // trainer.num_nodes))
     if devices > 1:
         log.info("strategy %s on %d devices: %s", choice.name, devices, choice.reason)
@@ -117,6 +114,14 @@ def _settle(config: Config, stage: StageConfig, architecture: DiffTransformerCon
     if problems:
         raise ValueError("\n  ".join([f"strategy fsdp, for {choice.reason}:", *problems]))
     return choice.name
+
+
+def training_bytes(config: Config, architecture: DiffTransformerConfig) -> int:
+    """Weights, gradients and optimiser of a model that is not sharded, as far as they decide about sharding."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in DiffTransformerForCausalLM(architecture).parameters())
+    copies = 1 if config.adapter is not None else _COPIES
+    return copies * count * getattr(torch, config.model.dtype).itemsize
 
 
 def _of_stage(asked: str, settled: str | None) -> str:

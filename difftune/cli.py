@@ -159,7 +159,7 @@ def _run(found: Invocation) -> int:
     if command == "merge" or (command == "export" and _is_of_adapter(found)):
         return _write_adapter(found)
     config_file = _single(found, "config")
-    if command in ("fit", "prepare") and config_file is None and not found.overrides:
+    if command in ("fit", "prepare", "plan") and config_file is None and not found.overrides:
         raise UsageError(f"{command} needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
         if name not in found.values and "print-config" not in found.flags:
@@ -169,12 +169,22 @@ def _run(found: Invocation) -> int:
             "evaluate needs tasks: --data FILE, --task KIND, or --config with a recipe that has evaluation.tasks"
         )
 
+    if command == "doctor" and "print-config" not in found.flags:
+        from difftune.diagnose import diagnose
+
+        return diagnose(config_file, found.overrides)
+
     config = load_config(config_file, _option_overrides(found) + _task_overrides(found), command=command)
     if "print-config" in found.flags:
         from difftune.config_text import to_yaml
 
         print(to_yaml(config), end="")
         return 0
+
+    if command == "plan":
+        from difftune import run_plan
+
+        return run_plan.plan(config, found.values, as_json="json" in found.flags)
 
     from difftune import run
 

@@ -67,6 +67,34 @@ COMMANDS = {
   difftune fit --config recipes/quickstart.yaml stages.traces.trainer.max_steps=50   (one stage only)
   difftune fit --config recipes/gsm8k_small.yaml 'data.train=[{path: my.jsonl}]' --dry-run""",
     ),
+    "plan": Command(
+        summary="say beforehand whether a run fits, where its memory peaks, and how long it takes",
+        about="Counts memory and arithmetic of a recipe without its weights: model.path is read for its architecture,\n"
+        "or model.path=null and the keys of model describe one. Plans for GPUs, or with trainer.accelerator=cpu for\n"
+        "the CPU. Exit code 1: a stage does not fit; what could be changed is shown.",
+        options=(
+            Option("gpus", "how many (trainer.devices times trainer.num_nodes, or 1)", "N"),
+            Option("gpu-memory", "GiB of one (80)", "GIB"),
+            Option("gpu", "its name, for the hours (H100)", "NAME"),
+            Option("mfu", "share of its peak that the arithmetic of the model uses (0.4)", "X"),
+            Option("json", "print plain values, in bytes"),
+        ),
+        examples="""
+  difftune plan --config recipes/math_stage1.yaml model.path=null --gpus 8 --gpu-memory 80
+  difftune plan --config recipes/quickstart.yaml
+  difftune plan --config recipes/quickstart.yaml data.seq_len=65536 model.gradient_checkpointing=true --json""",
+    ),
+    "doctor": Command(
+        summary="say what this machine has, and whether a recipe could start on it",
+        about="Versions, GPUs, attention backends and why one does not run, the flash-attn wheel that fits, whether\n"
+        "ranks reach one another, disk, shared memory, hub. Under torchrun its ranks are tried, otherwise two local\n"
+        "processes. Exit code 0: fit with this recipe could start; 1: it could not, with every reason.",
+        options=(),
+        examples="""
+  difftune doctor
+  difftune doctor --config recipes/quickstart.yaml
+  difftune doctor --config recipes/math_stage1.yaml model.path=DIR trainer.devices=8""",
+    ),
     "prepare": Command(
         summary="check and tokenise the data of a recipe; store what a teacher says to them",
         about="Tokenises the training data of every stage into the cache that fit reads (data.cache_dir, or cache/ in\n"

@@ -344,7 +344,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, comma
         path: The recipe; `base:` in it names another one to start from, relative to the file. None: defaults only.
         overrides: `key=value` with dotted keys and YAML values. They win in every stage; `stages.<name or number>.key`
             reaches one stage. An item of a list is addressed by number, by its name, or all of them by `*`.
-        command: What the config is for. `fit` needs data and an end; `evaluate`, `generate` and `export` a model.
+        command: What the config is for. `fit` needs data and an end; `evaluate`, `generate` and `export` a model;
+            `plan` an architecture alone.
 
     Raises:
         ValueError: With every problem found, each with its file and line: unknown keys (and the nearest known one),

@@ -27,7 +27,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
 
     Args:
         config: The config.
-        command: `fit`, `prepare`, `evaluate`, `generate` or `export`.
+        command: `fit`, `prepare`, `plan`, `evaluate`, `generate` or `export`.
     """
     stages = config.resolved_stages()
     problems = _model_problems(config, command)
@@ -41,7 +41,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
             problems += [prefix + text for text in found if prefix + text not in problems]
     elif command == "prepare":
         problems += [text for stage in stages for text in [*_data_problems(config, stage), *_distill_problems(stage)]]
-    else:
+    elif command != "plan":
         problems += _task_problems(config.evaluation)
         if config.model.path is None:
             problems.append(f"model.path: {command} needs a model; give --model DIR")
@@ -53,7 +53,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
 def _model_problems(config: Config, command: str) -> list[str]:
     problems = []
     model = config.model
-    if model.path is None and config.tokenizer is None:
+    if model.path is None and config.tokenizer is None and (command != "plan" or model.vocab_size is None):
         problems.append("tokenizer: a fresh model needs one (digits, bytes, a folder or a hub id); or set model.path")
     if model.path is not None:
         # A longer context and a slow start of lambda are the changes that weights survive.
@@ -64,7 +64,7 @@ def _model_problems(config: Config, command: str) -> list[str]:
             problems.append(
                 f"model.path: the architecture comes with the weights; leave out model.{', model.'.join(fixed)}"
             )
-    problems += _adapter_problems(config)
+    problems += _adapter_problems(config, command)
     if model.quantization is not None:
         problems += _quantization_problems(config, command)
     if config.export is not None and config.export.format == "diffllama" and model.attention in ("diff_v2", "softmax"):
@@ -75,12 +75,12 @@ def _model_problems(config: Config, command: str) -> list[str]:
     return problems
 
 
-def _adapter_problems(config: Config) -> list[str]:
+def _adapter_problems(config: Config, command: str) -> list[str]:
     adapter = config.adapter
     if adapter is None:
         return []
     problems = []
-    if config.model.path is None:
+    if config.model.path is None and command != "plan":
         problems.append("adapter: needs a base that is on disk, a fresh one would be saved nowhere; set model.path")
     if adapter.preset is not None and adapter.targets:
         problems.append(f"adapter.targets: {adapter.targets} and preset {adapter.preset} exclude one another; drop one")
@@ -91,10 +91,10 @@ def _quantization_problems(config: Config, command: str) -> list[str]:
     kind = config.model.quantization
     if command == "export":
         return [f"model.quantization: export writes whole weights, not {kind}; leave it out"]
-    if command != "fit":
+    if command not in ("fit", "plan"):
         return []
     problems = []
-    if config.model.path is None:
+    if config.model.path is None and command == "fit":
         problems.append(f"model.quantization: {kind} of a fresh model keeps nothing that was learned; set model.path")
     if config.adapter is None:
         problems.append(f"model.quantization: {kind} weights are not trained themselves; set adapter, or leave it out")

@@ -64,7 +64,8 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "run_folder",
         "training",
     },
-    "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder"},
+    "diagnose_ranks": set(),
+    "diagnose": {*CONFIG,     "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder"},
     "run": {
         *CONFIG,
         "build",
@@ -85,7 +86,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "terminal": set(),
     "run_adapters": {"checkpoints", "data", "modeling", "terminal"},
     "run_convert": {"checkpoints", "terminal"},
-    "cli": {*CONFIG, "cli_commands", "report", "run", "run_adapters", "run_convert"},
+    "cli": {*CONFIG, "cli_commands", "report", "run", "run_adapters", "run_convert", "run_plan", "diagnose"},
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 

@@ -66,12 +66,12 @@ def quantize_base(
         raise ValueError(f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}")
     if quantization_of(model) is not None:
         raise ValueError("the model is quantised already: load it anew to quantise it otherwise")
-    projections = _projections(model)
-    if not projections or projections[0][2].weight.is_meta:
+    found = projections(model)
+    if not found or found[0][2].weight.is_meta:
         raise ValueError("the model has no weights to quantise: load it first, and quantise before adapters are added")
     linear = _bitsandbytes().nn.Linear4bit
     before = weight_bytes(model)
-    for parent, leaf, plain in projections:
+    for parent, leaf, plain in found:
         rows, columns = plain.weight.shape
         device = plain.weight.device
         with torch.device("meta"):
@@ -97,7 +97,7 @@ def quantize_base(
     model.requires_grad_(False)
     # PEFT reads this to choose its layer.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    return QuantizationReport(len(projections), before, weight_bytes(model))
+    return QuantizationReport(len(found), before, weight_bytes(model))
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -195,7 +195,7 @@ def weight_bytes(model: nn.Module) -> int:
     return total
 
 
-def _projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """The linear layers of the blocks, each with its parent and its name there; lambda's projection is not one."""
     return [
         (parent, leaf, child)

@@ -80,6 +80,16 @@ def linear_cross_entropy(
     return loss_sum, count
 
 
+def chunk_starts(count: int, rows: int) -> range:
+    """Where chunks of so many tokens begin.
+
+    Example:
+        >>> list(chunk_starts(5, 2))
+        [0, 2, 4]
+    """
+    return range(0, count, rows)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
         loss_sum = hidden.new_zeros((), dtype=accumulate)
-        for start in range(0, labels.numel(), rows):
+        for start in chunk_starts(labels.numel(), rows):
             h, label = hidden[start : start + rows], labels[start : start + rows, None]
             logits = (h @ weight.T).to(accumulate)
             picked = logits.gather(1, label)

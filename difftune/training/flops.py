@@ -9,7 +9,7 @@ from difftune.modeling import DiffTransformerForCausalLM
 
 # Dense 16-bit matrix products with float32 accumulation, FLOP/s, from the vendor's data sheets. The first name that
 # the device's name contains counts.
-_PEAKS = {
+PEAKS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
     "GH200": 9.89e14,
@@ -24,6 +24,7 @@ _PEAKS = {
     "RTX 4090": 1.65e14,
     "RTX 3090": 7.1e13,
 }
+"""Peak of devices in FLOP/s, by a part of their names."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -31,7 +32,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or not precision.startswith(("bf16", "16")):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAKS.items() if known in name), None)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 @dataclass
