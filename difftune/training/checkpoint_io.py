@@ -241,6 +241,7 @@ class HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write and hash."""
         try:
             self.file.write(data)
         except OSError as error:
@@ -251,12 +252,15 @@ class HashingFile:
         return len(data)
 
     def flush(self) -> None:
+        """As of any file."""
         self.file.flush()
 
     def tell(self) -> int:
+        """How much was written."""
         return self.size
 
     def fileno(self) -> int:
+        """For fsync."""
         return self.file.fileno()
 
     def entry(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -113,6 +114,43 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
             number, text = next(iter(failures.values()))
             raise OSError(number, f"rank {', '.join(map(str, failures))} could not save: {text}")
         return [cast(Result, result) for result, _ in everyone]
+
+
+class ShardedCheckpoints:
+    """What a strategy of sharded models inherits, before Lightning's, to save and load through this module."""
+
+    _timeout: timedelta | None
+    lightning_module: Any
+    optimizers: list[torch.optim.Optimizer]
+    checkpoint_io: Any
+
+    def build_checkpoint_io(self) -> ShardedCheckpointIO:
+        """What writes; call it on all ranks."""
+        return ShardedCheckpointIO(self._timeout or default_pg_timeout)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's parts, as DTensors."""
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """This rank's parts; the training module puts names to them."""
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, on all ranks."""
+        checkpoint["aliases"] = find_aliases(self.lightning_module)
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill the module and the optimisers, on all ranks."""
+        module = self.lightning_module
+        return load_into(
+            Path(checkpoint_path),
+            module,
+            self.optimizers,
+            strict=module.strict_loading,
+            check=module.check_checkpoint,
+        )
 
 
 def load_into(
