@@ -40,6 +40,7 @@ from difftune.run_folder import RunFolder
 from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
 from difftune.training.preemption import Preemption
+from difftune.training.slurm import requeue_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
             _train(config, stage, folder, model, adapted, tokenizer, preemption)
             if preemption.exit_code is not None:
                 log.warning("stopped by a signal; the same command goes on from here")
+                if is_first_rank():
+                    requeue_if_asked(preemption.exit_code - 128)
                 return preemption.exit_code
     if is_first_rank():
         _finish(config, folder, stages[-1].name, tokenizer)

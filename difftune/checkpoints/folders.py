@@ -11,6 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from difftune.shard_files import is_sharded, read_whole
+
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 TRAINING_WEIGHTS = "checkpoint.pt"
@@ -157,7 +159,7 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read the model's tensors from a training checkpoint, without its optimiser, once its hash is right.
 
     Args:
-        folder: Holds ``checkpoint.pt`` and the ``manifest.json`` with its hash.
+        folder: Holds ``checkpoint.pt``, the ``manifest.json`` with its hash, and ``shards/`` if several ranks wrote it.
 
     Returns:
         Tensor by name, on the CPU.
@@ -165,22 +167,35 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the checkpoint is damaged, or holds no weights of a model.
     """
-    path = folder / TRAINING_WEIGHTS
-    listed = read_json(folder / "manifest.json").get("files", {}).get(TRAINING_WEIGHTS, {})
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    if digest.hexdigest() != listed.get("sha256"):
-        raise ValueError(f"{path} is not what its manifest.json says: the checkpoint is damaged, take another")
+    sharded = is_sharded(folder)
+    listed = read_json(folder / "manifest.json").get("files", {})
+    for name in listed if sharded else [TRAINING_WEIGHTS]:
+        _check_hash(folder / name, listed.get(name, {}).get("sha256"))
     # Mapped, so that the optimiser's state, twice the weights, is not read; weights_only, so that no code runs.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
+    checkpoint = torch.load(folder / TRAINING_WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    if sharded:
+        state = read_whole(folder, lambda name: name.startswith("model."))
+        state |= {alias: state[name] for alias, name in checkpoint["aliases"].items()}
+    else:
+        state = checkpoint.get("state_dict", {})
     tensors = {
-        name.removeprefix("model."): tensor.clone() for name, tensor in state.items() if name.startswith("model.")
+        name.removeprefix("model."): tensor if sharded else tensor.clone()
+        for name, tensor in state.items()
+        if name.startswith("model.")
     }
     if not tensors:
-        raise ValueError(f"{path} holds no weights of a model")
+        raise ValueError(f"{folder / TRAINING_WEIGHTS} holds no weights of a model")
     return tensors
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{path} is not what its manifest.json says: the checkpoint is damaged, take another")
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], *, source: str, expected_by: str) -> None:

@@ -133,7 +133,8 @@ def commit(temporary: Path, path: Path, step: int, files: dict[str, Any]) -> Non
     """Write the manifest of a folder whose files are all on the disk, and give it its name."""
     manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
     _write(temporary / MANIFEST, lambda file: file.write(manifest.encode()))
-    _sync_folder(temporary)
+    for folder in (temporary / SHARDS, temporary) if is_sharded(temporary) else (temporary,):
+        _sync_folder(folder)
     _replace_folder(temporary, path)
 
 
@@ -260,8 +261,13 @@ class HashingFile:
         return self.size
 
     def fileno(self) -> int:
-        """For fsync."""
+        """Asked for by whoever syncs: what is still in memory has to be in the file then."""
+        self.file.flush()
         return self.file.fileno()
+
+    def close(self) -> None:
+        """Close the file; nothing that was written is lost."""
+        self.file.close()
 
     def entry(self) -> dict[str, Any]:
         """Its entry in the manifest."""

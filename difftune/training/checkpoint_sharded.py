@@ -9,6 +9,7 @@ Any number of ranks can go on from it, with or without sharding, since names and
 
 import errno
 import shutil
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,6 +71,7 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
 
         Raises:
             OSError: On all ranks, if one of them could not write; an old checkpoint at ``path`` is untouched.
+            RuntimeError: On all ranks, if one failed otherwise.
         """
         assert storage_options is None, "no storage options exist"
         path = Path(path)
@@ -102,7 +104,8 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
 
     def _together(self, work: Callable[[], Result]) -> list[Result]:
         """Do a part of the work on every rank, and return what came of it; raise on all if one failed."""
-        result, failure = None, None
+        result: Result | None = None
+        failure: tuple[int | None, str] | None = None
         try:
             result = work()
         except (Exception, CheckpointException) as error:
@@ -111,8 +114,11 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
         dist.all_gather_object(everyone, (result if failure is None else None, failure), group=self._group)
         failures = {rank: failure for rank, (_, failure) in enumerate(everyone) if failure is not None}
         if failures:
-            number, text = next(iter(failures.values()))
-            raise OSError(number, f"rank {', '.join(map(str, failures))} could not save: {text}")
+            numbers, texts = zip(*failures.values(), strict=True)
+            message = f"rank {', '.join(map(str, failures))} could not save: {texts[0]}"
+            if None in numbers:
+                raise RuntimeError(message)
+            raise OSError(numbers[0], message)
         return [cast(Result, result) for result, _ in everyone]
 
 
@@ -173,7 +179,7 @@ def load_into(
         check: Called with the checkpoint before anything is changed; tensors have shapes, and perhaps no content.
 
     Returns:
-        The checkpoint, whose ``state_dict`` is the module's own.
+        The checkpoint, whose tensors are now those of the module.
 
     Raises:
         ValueError: If it is damaged, or its tensors are not those of the module and the optimisers.
@@ -187,11 +193,11 @@ def load_into(
     sharded = is_sharded(path)
     if sharded:
         stored = describe_shards(path)
-        weights = {name: tensor for name, tensor in stored.items() if not is_optimizer_tensor(name)}
-        checkpoint["state_dict"] = with_aliases(weights, checkpoint)
+        of_model = {name: tensor for name, tensor in stored.items() if not is_optimizer_tensor(name)}
+        checkpoint["state_dict"] = with_aliases(of_model, checkpoint)
         checkpoint["optimizer_states"] = join_tensors(stored, checkpoint["optimizer_states"])
     check(checkpoint)
-    targets = _weights_to_fill(module, checkpoint["state_dict"], strict=strict)
+    weights = _weights_to_fill(module, checkpoint["state_dict"], strict=strict)
 
     parameters = dict(module.named_parameters())
     names = [parameter_names(optimizer.param_groups, module) for optimizer in optimizers]
@@ -200,7 +206,7 @@ def load_into(
     for state in states:
         for name, entry in state["state"].items():
             state["state"][name] = {key: _room_for(value, parameters[name]) for key, value in entry.items()}
-    targets |= split_tensors(states)[0]
+    targets = weights | split_tensors(states)[0]
     if sharded:
         read_into(path, {name: tensor for name, tensor in targets.items() if name not in checkpoint["aliases"]})
     else:
@@ -208,7 +214,7 @@ def load_into(
             _fill(tensor, sources[name])
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
-    return {**checkpoint, "state_dict": module.state_dict(), "optimizer_states": []}
+    return {**checkpoint, "state_dict": weights, "optimizer_states": []}
 
 
 def find_aliases(module: nn.Module) -> dict[str, str]:
@@ -284,9 +290,11 @@ class _HashingFileSystem(FileSystem):
             self.entries[f"{SHARDS}/{Path(path).name.removesuffix('.tmp')}"] = file.entry()
 
 
-def _describe(error: BaseException) -> tuple[int, str]:
-    """Number and text of an error, which other ranks can raise too."""
+def _describe(error: BaseException) -> tuple[int | None, str]:
+    """Number, if it is the system's, and text of an error, for the other ranks."""
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
-    return number, str(error) or type(error).__name__
+        errors = [error for error, _ in error.failures.values()]
+        # Of an error in the programs, all of it is needed.
+        error = next((cause for cause in errors if not isinstance(cause, OSError)), errors[0])
+    number = (error.errno or errno.EIO) if isinstance(error, OSError) else None
+    return number, str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error))
