@@ -1,0 +1,1 @@
+from tests.ranks import run_group
