@@ -241,11 +241,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-training", type=int, default=10, help="rounds that hit one training")
+    parser.add_argument("--steps", type=int, default=60, help="optimiser steps of a training")
     parser.add_argument("--folder", type=Path, help="where to keep what is written; default: nowhere")
     found = parser.parse_args()
     torch.set_num_threads(1)
     with TemporaryDirectory() as temporary:
-        return int(campaign(found.folder or Path(temporary), found.rounds, found.seed, found.per_training) > 0)
+        root = found.folder or Path(temporary)
+        return int(campaign(root, found.rounds, found.seed, found.per_training, found.steps) > 0)
 
 
 if __name__ == "__main__":

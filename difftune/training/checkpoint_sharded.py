@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -105,14 +105,16 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
     def _together(self, work: Callable[[], Result]) -> list[Result]:
         """Do a part of the work on every rank, and return what came of it; raise on all if one failed."""
         result: Result | None = None
-        failure: tuple[int | None, str] | None = None
+        failures: dict[int, tuple[int | None, str]] = {}
         try:
             result = work()
-        except (Exception, CheckpointException) as error:
-            failure = _describe(error)
+        except CheckpointException as error:
+            failures = {rank: _describe(cause) for rank, (cause, _) in error.failures.items()}
+        except Exception as error:
+            failures = {dist.get_rank(): _describe(error)}
         everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, (result if failure is None else None, failure), group=self._group)
-        failures = {rank: failure for rank, (_, failure) in enumerate(everyone) if failure is not None}
+        dist.all_gather_object(everyone, (None if failures else result, failures), group=self._group)
+        failures = {rank: failure for _, some in everyone for rank, failure in some.items()}
         if failures:
             numbers, texts = zip(*failures.values(), strict=True)
             message = f"rank {', '.join(map(str, failures))} could not save: {texts[0]}"
@@ -281,7 +283,7 @@ class _HashingFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
         with super().create_stream(path, mode) as raw:
-            file = HashingFile(raw)
+            file = HashingFile(cast(IO[bytes], raw))
             try:
                 yield file
             except RuntimeError as error:
@@ -292,9 +294,7 @@ class _HashingFileSystem(FileSystem):
 
 def _describe(error: BaseException) -> tuple[int | None, str]:
     """Number, if it is the system's, and text of an error, for the other ranks."""
-    if isinstance(error, CheckpointException):
-        errors = [error for error, _ in error.failures.values()]
-        # Of an error in the programs, all of it is needed.
-        error = next((cause for cause in errors if not isinstance(cause, OSError)), errors[0])
-    number = (error.errno or errno.EIO) if isinstance(error, OSError) else None
-    return number, str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error))
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO, str(error)
+    # An error in the program: all of it is needed.
+    return None, "".join(traceback.format_exception(error))

@@ -12,7 +12,7 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 """Names of strategies."""
 
 
-class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):  # type: ignore[misc]  # its signatures are wider
+class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
     """Fully sharded data parallelism by ``torch.distributed.fsdp.fully_shard``, through Lightning.
 
     The training module shards its model in ``configure_model``, by :meth:`shard`.
