@@ -15,9 +15,11 @@ from typing import Any
 
 from difftune.config_adapter import AdapterConfig
 from difftune.config_field import key as _key
+from difftune.config_scale import FsdpConfig
 from difftune.tasks.base import TaskConfig
 
-RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization", "gradient_checkpointing")
+RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization")
+RUN_TIME_MODEL_KEYS += ("gradient_checkpointing", "gradient_checkpointing_every")
 """Keys of `model` that do not describe the architecture."""
 
 
@@ -83,6 +85,8 @@ class ModelConfig:
     An adapter is trained beside them. null: plain weights."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing_every: int = _key(1, low=1)
+    """With gradient_checkpointing: recompute every so many-th block only; the others keep what they need."""
 
     def architecture(self) -> dict[str, Any]:
         """The architecture fields that were set: keyword arguments of DiffTransformerConfig."""
@@ -199,8 +203,11 @@ class TrainerConfig:
     """How many devices, or which ones."""
     num_nodes: int = _key(1, low=1)
     """Machines."""
-    strategy: str = "auto"
-    """How the devices work together: `auto` or `ddp`."""
+    strategy: str = _key("auto", choices=("auto", "ddp", "fsdp"))
+    """How several devices work together. `ddp`: each has the whole model; `fsdp`: the model is sharded over them, and
+    loaded so; `auto`: `ddp` where weights, gradients and AdamW fill half a device at most, else `fsdp`."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """Of the strategy `fsdp`."""
     precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     """Arithmetic of the training steps."""
     max_steps: int = _key(-1, low=-1)

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 from difftune.config import Config, DistillConfig, EvaluationConfig, StageConfig
+from difftune.config_checks_scale import scale_problems
 from difftune.tasks.base import Defaults
 from difftune.tasks.math import MathTaskConfig
 
@@ -31,6 +32,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
     stages = config.resolved_stages()
     problems = _model_problems(config, command)
     if command == "fit":
+        problems += scale_problems(config)
         problems += _name_problems([stage.name for stage in config.stages])
         for stage in stages:
             found = _stage_problems(config, stage) + _distill_problems(stage)

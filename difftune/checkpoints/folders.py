@@ -167,6 +167,12 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the checkpoint is damaged, or holds no weights of a model.
     """
+    tensors = map_training_weights(folder)
+    return tensors if is_sharded(folder) else {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def map_training_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """As :func:`read_training_weights`, but tensors in one file are mapped: what is used of them is read then."""
     sharded = is_sharded(folder)
     listed = read_json(folder / "manifest.json").get("files", {})
     for name in listed if sharded else [TRAINING_WEIGHTS]:
@@ -178,11 +184,7 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
         state |= {alias: state[name] for alias, name in checkpoint["aliases"].items()}
     else:
         state = checkpoint.get("state_dict", {})
-    tensors = {
-        name.removeprefix("model."): tensor if sharded else tensor.clone()
-        for name, tensor in state.items()
-        if name.startswith("model.")
-    }
+    tensors = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     if not tensors:
         raise ValueError(f"{folder / TRAINING_WEIGHTS} holds no weights of a model")
     return tensors

@@ -20,6 +20,8 @@ SCENARIOS = {
     "accumulation": {"steps": 20, "accumulate": 3, "clip": 0.05},
     "diff_v2": {"steps": 3, "architecture": {"attention": "diff_v2"}},
     "three_steps": {"steps": 3},
+    "tensor": {"steps": 4, "architecture": {"qk_norm": True}, "tensor_parallel_size": 2},
+    "tensor_diff_v2": {"steps": 4, "architecture": {"attention": "diff_v2"}, "tensor_parallel_size": 2},
 }
 """What to train, by name: arguments of :func:`train`."""
 
@@ -40,11 +42,11 @@ def tiny_model(**settings):
     seed_everything(3, verbose=False)
     architecture = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 24,
+        "hidden_size": 32,
         "intermediate_size": 40,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "attention": "diff_v1",
         "tie_word_embeddings": False,
         "max_position_embeddings": 64,
