@@ -285,6 +285,9 @@ def build_trainer(
         every_n_steps=stage.checkpoint.every_n_steps,
         keep_last=stage.checkpoint.keep_last,
         best_metric=stage.checkpoint.best_metric,
+        background=stage.trainer.strategy == "fsdp"
+        if stage.checkpoint.background is None
+        else stage.checkpoint.background,
         best_mode=stage.checkpoint.best_mode,  # type: ignore[arg-type]  # the config allows max and min
     )
     settings = stage.evaluation
