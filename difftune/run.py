@@ -22,7 +22,7 @@ from difftune.build import (
     fresh_architecture,
 )
 from difftune.build_scale import is_sharded, settle_strategies
-from difftune.checkpoints.adapters import load_with_base, save_adapter
+from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
@@ -240,7 +240,7 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
         source = f"{checkpoint.relative_to(folder.path)} of a difftune run"
         out = folder.path / "export"
         if config.adapter is not None and config.export.format == "auto":
-            save_adapter(load_with_base(checkpoint), out, tokenizer=tokenizer, overwrite=True)
+            save_trained_adapter(checkpoint, out, tokenizer=tokenizer, overwrite=True)
             say(f"exported {out}: an adapter, in PEFT's format")
         else:
             model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
