@@ -59,6 +59,6 @@ def test_metadata_that_would_run_code_are_refused(folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "evil")
     (tmp_path / "evil" / SHARDS / ".metadata").write_bytes(pickle.dumps(Harm()))
-    with pytest.raises(ValueError, match="is not what torch.distributed.checkpoint writes: it asks for posix.system"):
+    with pytest.raises(ValueError, match=r"is not what .* writes: it asks for posix\.system"):
         describe_shards(tmp_path / "evil")
     assert not (tmp_path / "harmed").exists()

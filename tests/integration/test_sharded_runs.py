@@ -98,14 +98,14 @@ def test_the_model_is_exported_at_the_end_and_its_checkpoint_loads_as_a_model(ru
 
 
 def test_export_makes_a_plain_folder_of_a_sharded_checkpoint(runs, tmp_path):
-    words = ["export", str(newest(runs, "full")), "--format", "difftune", "--out", str(tmp_path / "plain")]
+    words = ["export", "--model", str(newest(runs, "full")), "--format", "difftune", "--out", str(tmp_path / "plain")]
     assert main(words) == 0
     assert (tmp_path / "plain" / "model.safetensors").is_file()
     assert torch.equal(logits(load_model(tmp_path / "plain")), logits(load_model(newest(runs, "full"))))
 
 
 def test_generate_answers_from_a_sharded_checkpoint(runs, capsys):
-    assert main(["generate", str(newest(runs, "full")), "--prompt", "1+1=", "--max-new-tokens", "4"]) == 0
+    assert main(["generate", "--model", str(newest(runs, "full")), "--prompt", "1+1=", "--max-new-tokens", "4"]) == 0
 
 
 def test_the_adapter_is_saved_whole_and_small_with_lambda_and_equals_that_of_one_process(runs):
