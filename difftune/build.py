@@ -30,6 +30,7 @@ from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
+from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
@@ -129,10 +130,7 @@ def build_model(
     if config.quantization is not None:
         log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:
-        # transformers 5.23 renames it; 5.17 has the old name only.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        for index, layer in enumerate(model.model.layers):
-            layer.gradient_checkpointing = index % config.gradient_checkpointing_every == 0
+        recompute_blocks(model, every=config.gradient_checkpointing_every)
     return model
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor
 
 from difftune.training.checkpoint_sharded import ShardedCheckpoints
 from difftune.training.sharding import shard_model
@@ -47,7 +48,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
             # Norms of gradients on the host are summed over the ranks there.
-            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None,
         )
         self.cpu_offload, self.sharding = cpu_offload, sharding
 
@@ -66,6 +67,9 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         if not self.cpu_offload:
             super().model_to_device()
             return
+        for parameter in self.model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(self.root_device)
         for module in self.model.modules():
             for leaf, buffer in module.named_buffers(recurse=False):
                 module._buffers[leaf] = buffer.to(self.root_device)
