@@ -81,6 +81,7 @@ class Checkpointing(Checkpoint):
         """Optimiser steps at the newest checkpoint; None before the first."""
         self.best_value: float | None = None
         """Value of ``best_metric`` at the best checkpoint."""
+        self._io: BackgroundCheckpointIO | None = None
         self._in_flight: int | None = None
         self._rng: list[dict[str, Any]] | None = None
         self._step_before = 0
@@ -94,11 +95,12 @@ class Checkpointing(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for what is being written."""
-        self._io.teardown()
+        if self._io is not None:
+            self._io.teardown()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for what is being written: it may be the newest checkpoint."""
-        self._io.teardown()
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tidy up what an earlier run left."""
@@ -218,6 +220,7 @@ class Checkpointing(Checkpoint):
         step, self._in_flight = self._in_flight, None
         if step is None:
             return
+        assert self._io is not None, "set up, if something was saved"
         error, failed = self._attempt(trainer, self._io.finish)
         if failed:
             self._log_failure(trainer, step, error)

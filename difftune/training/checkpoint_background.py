@@ -70,7 +70,8 @@ class BackgroundCheckpointIO(CheckpointIO):
         """Wait for what is being written; a failure is logged."""
         try:
             self.finish()
-        except OSError as error:
+        # Whatever ends the training, a rank that died for one, is raised where it happens; this is only told.
+        except Exception as error:
             log.error("the last checkpoint was NOT saved: %s", error)
         if self._thread is not None:
             self._thread.shutdown()

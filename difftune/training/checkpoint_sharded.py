@@ -152,8 +152,11 @@ class ShardedCheckpoints:
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill the module and the optimisers, on all ranks."""
         module = self.lightning_module
+        # Ranks that looked into the folder at different times go on from one checkpoint.
+        agreed = [str(checkpoint_path)]
+        dist.broadcast_object_list(agreed)
         return load_into(
-            Path(checkpoint_path),
+            Path(agreed[0]),
             module,
             self.optimizers,
             strict=module.strict_loading,

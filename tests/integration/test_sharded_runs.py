@@ -25,6 +25,7 @@ SHORT = (
     "optim.lambda_lr=0.02",
     "data.train.*.options.count=200",
     "evaluation.tasks=[]",
+    "evaluation.every_fraction=null",
     "logging.loggers=[jsonl]",
     "logging.progress_bar=false",
     "checkpoint.every_n_steps=2",
