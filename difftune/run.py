@@ -96,8 +96,8 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
                     say(f"adapter: {describe_adapter(adapted)}")
             _train(config, stage, folder, model, adapted, tokenizer, preemption)
             if preemption.exit_code is not None:
-                log.warning("stopped by a signal; the same command goes on from here")
                 if is_first_rank():
+                    log.warning("stopped by a signal; the same command goes on from here")
                     requeue_if_asked(preemption.exit_code - 128)
                 return preemption.exit_code
     if is_first_rank():

@@ -7,7 +7,7 @@ format, and ``.metadata``, which says where each part of each tensor is. Names a
 
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ _HARMLESS = {
 
 
 class ShardReader(FileSystemReader):
-    """Torch's reader, with metadata that cannot run code when they are unpickled."""
+    """Torch's reader, with metadata that are read once, and cannot run code when they are unpickled."""
+
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``.
@@ -50,6 +52,8 @@ class ShardReader(FileSystemReader):
         Raises:
             ValueError: If it is not what torch writes.
         """
+        if self._metadata is not None:
+            return self._metadata
         path = Path(self.path) / METADATA
         with path.open("rb") as file:
             try:
@@ -57,47 +61,51 @@ class ShardReader(FileSystemReader):
             except pickle.UnpicklingError as error:
                 raise ValueError(f"{path} is not what torch.distributed.checkpoint writes: {error}") from error
         metadata.storage_meta = None
+        self._metadata = metadata
         return metadata
+
+
+class ShardedTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a sharded checkpoint by name, each read, whole and anew, when it is asked for.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._reader = ShardReader(checkpoint / SHARDS)
+        self.described: dict[str, torch.Tensor] = {}
+        """Without content, on the meta device."""
+        for name, entry in self._reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor, and only tensors are written"
+            self.described[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+    def read_into(self, tensors: dict[str, Any]) -> None:
+        """Fill tensors of the right shapes, by name; of a DTensor this process's part. No communication."""
+        with warnings.catch_warnings():
+            # Torch warns that each process reads by itself, which is what is wanted.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Whole tensors on the CPU, by name."""
+        tensors = {name: torch.empty_like(self.described[name], device="cpu") for name in names}
+        self.read_into(tensors)
+        return tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read([name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.described)
+
+    def __len__(self) -> int:
+        return len(self.described)
 
 
 def is_sharded(checkpoint: Path) -> bool:
     """Whether a checkpoint's tensors are in the files of its ranks."""
     return (checkpoint / SHARDS).is_dir()
-
-
-def describe_shards(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a sharded checkpoint without its content, on the meta device, by name."""
-    described = {}
-    for name, entry in ShardReader(checkpoint / SHARDS).read_metadata().state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor, and only tensors are written"
-        described[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-    return described
-
-
-def read_into(checkpoint: Path, tensors: dict[str, Any]) -> None:
-    """Fill tensors by name from a sharded checkpoint; of a DTensor this process's part. No communication.
-
-    Args:
-        checkpoint: The checkpoint's folder.
-        tensors: Of the right shapes; changed in place.
-    """
-    with warnings.catch_warnings():
-        # Torch warns that each process reads by itself, which is what is wanted.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=ShardReader(checkpoint / SHARDS), no_dist=True)
-
-
-def read_whole(checkpoint: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
-    """Read whole tensors from a sharded checkpoint into this process, on the CPU.
-
-    Args:
-        checkpoint: The checkpoint's folder.
-        wanted: Which names. Default: all.
-    """
-    described = describe_shards(checkpoint)
-    tensors = {name: torch.empty_like(t, device="cpu") for name, t in described.items() if wanted(name)}
-    read_into(checkpoint, tensors)
-    return tensors
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from difftune.shard_files import SHARDS, describe_shards, is_sharded, read_into, read_whole
+from difftune.shard_files import SHARDS, ShardedTensors, is_sharded
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +28,28 @@ def folder(tensors, tmp_path_factory):
 
 def test_tensors_are_read_whole_without_processes(folder, tensors):
     assert is_sharded(folder) and not is_sharded(folder / SHARDS)
-    read = read_whole(folder)
+    stored = ShardedTensors(folder)
+    read = stored.read(stored)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(tensor, read[name]) and tensor.dtype == read[name].dtype for name, tensor in tensors.items())
 
 
-def test_what_is_not_wanted_is_not_read(folder, tensors):
-    read = read_whole(folder, lambda name: name.startswith("model."))
-    assert read.keys() == {"model.norm.weight", "model.head.weight"}
+def test_tensors_are_read_one_by_one(folder, tensors):
+    stored = ShardedTensors(folder)
+    assert torch.equal(stored["model.norm.weight"], tensors["model.norm.weight"])
+    assert stored.read(["model.head.weight"]).keys() == {"model.head.weight"}
+    assert len(stored) == 3 and set(stored) == tensors.keys()
 
 
 def test_shapes_and_dtypes_are_told_without_reading(folder, tensors):
-    described = describe_shards(folder)
+    described = ShardedTensors(folder).described
     assert all(tensor.is_meta for tensor in described.values())
     assert {n: (t.shape, t.dtype) for n, t in described.items()} == {n: (t.shape, t.dtype) for n, t in tensors.items()}
 
 
 def test_tensors_are_filled_in_place(folder, tensors):
     mine = torch.zeros(7)
-    read_into(folder, {"model.norm.weight": mine})
+    ShardedTensors(folder).read_into({"model.norm.weight": mine})
     assert torch.equal(mine, tensors["model.norm.weight"])
 
 
@@ -60,5 +63,5 @@ def test_metadata_that_would_run_code_are_refused(folder, tmp_path, monkeypatch)
     shutil.copytree(folder, tmp_path / "evil")
     (tmp_path / "evil" / SHARDS / ".metadata").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(ValueError, match=r"is not what .* writes: it asks for posix\.system"):
-        describe_shards(tmp_path / "evil")
+        ShardedTensors(tmp_path / "evil")
     assert not (tmp_path / "harmed").exists()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from difftune.shard_files import is_sharded, read_whole
+from difftune.shard_files import ShardedTensors, is_sharded
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -21,6 +21,7 @@ TRAINING_WEIGHTS = "checkpoint.pt"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHOWN = 8
+_MODEL = "model."
 
 
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
@@ -168,26 +169,54 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
         ValueError: If the checkpoint is damaged, or holds no weights of a model.
     """
     tensors = map_training_weights(folder)
-    return tensors if is_sharded(folder) else {name: tensor.clone() for name, tensor in tensors.items()}
+    return {name: tensors[name] if is_sharded(folder) else tensors[name].clone() for name in tensors}
 
 
-def map_training_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """As :func:`read_training_weights`, but tensors in one file are mapped: what is used of them is read then."""
+def map_training_weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    """As :func:`read_training_weights`, but what is used of the tensors is read then, and not more than a tensor."""
     sharded = is_sharded(folder)
     listed = read_json(folder / "manifest.json").get("files", {})
     for name in listed if sharded else [TRAINING_WEIGHTS]:
         _check_hash(folder / name, listed.get(name, {}).get("sha256"))
     # Mapped, so that the optimiser's state, twice the weights, is not read; weights_only, so that no code runs.
     checkpoint = torch.load(folder / TRAINING_WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    tensors: Mapping[str, torch.Tensor]
     if sharded:
-        state = read_whole(folder, lambda name: name.startswith("model."))
-        state |= {alias: state[name] for alias, name in checkpoint["aliases"].items()}
+        tensors = _ShardedWeights(folder, checkpoint["aliases"])
     else:
         state = checkpoint.get("state_dict", {})
-    tensors = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+        tensors = {_in_model(name): tensor for name, tensor in state.items() if name.startswith(_MODEL)}
     if not tensors:
         raise ValueError(f"{folder / TRAINING_WEIGHTS} holds no weights of a model")
     return tensors
+
+
+class _ShardedWeights(Mapping[str, torch.Tensor]):
+    """The model's tensors in a sharded checkpoint, each read when it is asked for."""
+
+    def __init__(self, folder: Path, aliases: dict[str, str]) -> None:
+        self._stored = ShardedTensors(folder)
+        names = [name for name in self._stored if name.startswith(_MODEL)]
+        self._names = {_in_model(name): name for name in names}
+        self._names |= {_in_model(alias): name for alias, name in aliases.items()}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape by name; nothing is read."""
+        return {name: self._stored.described[full].shape for name, full in self._names.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _in_model(name: str) -> str:
+    """A name of the training module's as the model has it."""
+    return name.removeprefix(_MODEL)
 
 
 def _check_hash(path: Path, expected: str | None) -> None:

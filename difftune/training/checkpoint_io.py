@@ -26,7 +26,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from difftune.shard_files import METADATA, SHARDS, is_sharded, read_whole
+from difftune.shard_files import METADATA, SHARDS, ShardedTensors, is_sharded
 from difftune.training.optimizer_state import is_optimizer_tensor, join_tensors
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class AtomicCheckpointIO(CheckpointIO):
             weights_only=weights_only is not False,
         )
         if is_sharded(path):
-            tensors = read_whole(path)
+            stored = ShardedTensors(path)
+            tensors = stored.read(stored)
             weights = {name: tensor for name, tensor in tensors.items() if not is_optimizer_tensor(name)}
             checkpoint["state_dict"] = with_aliases(weights, checkpoint)
             checkpoint["optimizer_states"] = join_tensors(tensors, checkpoint["optimizer_states"])

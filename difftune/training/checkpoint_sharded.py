@@ -26,7 +26,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from difftune.shard_files import SHARDS, describe_shards, is_sharded, read_into
+from difftune.shard_files import SHARDS, ShardedTensors, is_sharded
 from difftune.training.checkpoint_io import (
     WEIGHTS,
     AtomicCheckpointIO,
@@ -195,12 +195,11 @@ def load_into(
             f"{path} cannot be resumed from: {reason}; choose another, or resume=auto for the newest whole one"
         )
     checkpoint = torch.load(path / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
-    sharded = is_sharded(path)
-    if sharded:
-        stored = describe_shards(path)
-        of_model = {name: tensor for name, tensor in stored.items() if not is_optimizer_tensor(name)}
+    stored = ShardedTensors(path) if is_sharded(path) else None
+    if stored is not None:
+        of_model = {name: tensor for name, tensor in stored.described.items() if not is_optimizer_tensor(name)}
         checkpoint["state_dict"] = with_aliases(of_model, checkpoint)
-        checkpoint["optimizer_states"] = join_tensors(stored, checkpoint["optimizer_states"])
+        checkpoint["optimizer_states"] = join_tensors(stored.described, checkpoint["optimizer_states"])
     check(checkpoint)
     weights = _weights_to_fill(module, checkpoint["state_dict"], strict=strict)
 
@@ -212,8 +211,8 @@ def load_into(
         for name, entry in state["state"].items():
             state["state"][name] = {key: _room_for(value, parameters[name]) for key, value in entry.items()}
     targets = weights | split_tensors(states)[0]
-    if sharded:
-        read_into(path, {name: tensor for name, tensor in targets.items() if name not in checkpoint["aliases"]})
+    if stored is not None:
+        stored.read_into({name: tensor for name, tensor in targets.items() if name not in checkpoint["aliases"]})
     else:
         for name, tensor in targets.items():
             _fill(tensor, sources[name])

@@ -22,7 +22,8 @@ SHORT = (
     "trainer.max_steps=3",
     "trainer.accelerator=cpu",
     "optim.warmup_steps=1",
-    "optim.lambda_lr=0.02",
+    # AdamW makes steps of this size of every gradient, of one that is almost nothing but rounding too.
+    "optim.lr=3e-4",
     "data.train.*.options.count=200",
     "evaluation.tasks=[]",
     "evaluation.every_fraction=null",
@@ -93,7 +94,9 @@ def test_two_ranks_that_share_a_model_train_what_one_process_trains(runs, kind):
 def test_the_model_is_exported_at_the_end_and_its_checkpoint_loads_as_a_model(runs):
     assert (newest(runs, "full") / "shards").is_dir()
     from_checkpoint = logits(load_model(newest(runs, "full")))
-    assert torch.equal(from_checkpoint, logits(load_model(runs / "full" / "export")))
+    # The format of an export is another: its projections are fused, and rounded otherwise.
+    exported = logits(load_model(runs / "full" / "export"))
+    assert (from_checkpoint - exported).abs().max() <= TOLERANCE * exported.abs().max()
     alone = logits(load_model(newest(runs, "alone")))
     assert (from_checkpoint - alone).abs().max() <= TOLERANCE * alone.abs().max()
 
