@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -77,13 +77,15 @@ def build_stage_strategy(stage: StageConfig) -> Strategy | str:
     )
 
 
-def build_stored_skeleton(path: str, dtype: torch.dtype, attention_backend: str) -> DiffTransformerForCausalLM:
+def build_stored_skeleton(path: str | Path, dtype: torch.dtype, attention_backend: str) -> DiffTransformerForCausalLM:
     """A model on the meta device whose attribute `weights_on_disk` fills it when it has been sharded."""
     model, weights = load_skeleton(path, dtype=dtype, attention_backend=attention_backend)
     return _with_weights(model, weights)
 
 
-def build_fresh_skeleton(architecture: DiffTransformerConfig, dtype: torch.dtype, seed: int) -> Any:
+def build_fresh_skeleton(
+    architecture: DiffTransformerConfig, dtype: torch.dtype, seed: int
+) -> DiffTransformerForCausalLM:
     """As `build_stored_skeleton`, of a fresh model: the values are those that one process begins with."""
     with torch.device("meta"):
         model = DiffTransformerForCausalLM(architecture)

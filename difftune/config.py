@@ -19,8 +19,8 @@ from difftune.config_field import key as _key
 from difftune.config_scale import FsdpConfig
 from difftune.tasks.base import TaskConfig
 
-RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization")
-RUN_TIME_MODEL_KEYS += ("gradient_checkpointing", "gradient_checkpointing_every")
+_RUN_TIME = "path attention_backend dtype quantization gradient_checkpointing gradient_checkpointing_every"
+RUN_TIME_MODEL_KEYS = tuple(_RUN_TIME.split())
 """Keys of `model` that do not describe the architecture."""
 
 

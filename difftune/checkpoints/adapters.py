@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.adapter_base import describe_quantization, load_base
@@ -264,8 +263,8 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     no hashes.
 
     Args:
-        model: The base, or with adapters on it. Of one that is sharded, or not loaded yet, the weights are read from
-            its attribute ``weights_on_disk``.
+        model: The base, or with adapters on it. The weights of one that has the attribute ``weights_on_disk`` are
+            read from there: it is sharded, or not loaded yet.
     """
     config: Any = model.config
     architecture = json.loads(json.dumps({field: getattr(config, field) for field in _COMPARED}))
@@ -273,8 +272,7 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     on_disk: Any = getattr(model, "weights_on_disk", {})
     comparable, quantization = False, quantization_of(model) or getattr(model, "dequantized_from", None)
     for name, held in sorted(base_tensors(model).items()):
-        is_elsewhere = held.is_meta or isinstance(held, DTensor)
-        tensor = on_disk[name].to(held.dtype) if is_elsewhere and name in on_disk else held
+        tensor = on_disk[name].to(held.dtype) if name in on_disk else held
         is_projection = name.endswith("_proj.weight") and "lambda_full" not in name
         if is_projection and not tensor.is_floating_point():
             continue

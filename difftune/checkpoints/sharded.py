@@ -116,6 +116,9 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.part(name, ())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or name == HEAD
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

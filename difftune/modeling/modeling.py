@@ -274,7 +274,7 @@ def recompute_blocks(model: DiffTransformerForCausalLM, *, every: int = 1) -> No
     # transformers 5.23 renames it; 5.17 has the old name only.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for index, layer in enumerate(model.model.layers):
-        layer.gradient_checkpointing = index % every == 0  # type: ignore[assignment]  # a flag of transformers
+        layer.gradient_checkpointing = index % every == 0
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:

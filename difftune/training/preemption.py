@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import time
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -12,18 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 log = logging.getLogger(__name__)
 
-_KEY = "difftune/signal"
-_LOOK_EVERY_S = 1.0
-
 
 class Preemption(Callback):
     """Turns a signal into an orderly end of training.
 
     The handler only notes the signal. After each optimiser step all ranks agree whether any of them got one;
     if so, the Trainer stops, and :class:`~difftune.training.checkpoint.Checkpointing` saves as it does at any
-    end. Long work between steps polls :meth:`is_preempted`, on any rank at any time. Use it as a context manager
-    around everything that should be interruptible, loading and evaluation too; the old handlers come back at
-    its end::
+    end. Long work between steps polls :meth:`is_preempted`. Use it as a context manager around everything
+    that should be interruptible, loading and evaluation too; the old handlers come back at its end::
 
         with Preemption() as preemption:
             trainer = Trainer(callbacks=[..., preemption], ...)
@@ -43,8 +38,6 @@ class Preemption(Callback):
         """Number of the signal that was received, by this rank or, once agreed on, by any."""
         self._old_handlers: dict[signal.Signals, Any] = {}
         self._last_step = 0
-        self._next_look = 0.0
-        self._told = False
 
     def __enter__(self) -> "Preemption":
         self.install()
@@ -59,13 +52,7 @@ class Preemption(Callback):
         return None if self.signum is None else 128 + self.signum
 
     def is_preempted(self) -> bool:
-        """Whether this process has received a signal, or another that polls has, about a second ago.
-
-        Ranks tell each other through the store by which they found each other: nobody waits for anybody, so that
-        they may poll at different times, and some more often than others.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._tell_and_look()
+        """Whether this process has received a signal; free of communication."""
         return self.signum is not None
 
     def install(self) -> None:
@@ -109,17 +96,6 @@ class Preemption(Callback):
             if trainer.is_global_zero:
                 name = signal.Signals(signum).name
                 log.warning("%s received: stopping after optimiser step %d", name, trainer.global_step)
-
-    def _tell_and_look(self) -> None:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        if self.signum is not None:
-            if not self._told:
-                store.set(_KEY, str(self.signum))
-                self._told = True
-        elif time.monotonic() >= self._next_look:
-            if store.check([_KEY]):
-                self.signum = self.signum or int(store.get(_KEY))
-            self._next_look = time.monotonic() + _LOOK_EVERY_S
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""

@@ -2,12 +2,14 @@
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, seed_everything
 from torch.distributed.tensor import DTensor
 
+from difftune.checkpoints.sharded import FreshWeights, fill_model
 from difftune.evaluation.early_stop import Patience
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
@@ -23,6 +25,7 @@ SCENARIOS = {
     "tied": {"architecture": {"tie_word_embeddings": True}},
     "accumulation": {"accumulate": 3, "clip": 0.05},
     "three_steps": {"steps": 3},
+    "tied_three_steps": {"steps": 3, "architecture": {"tie_word_embeddings": True}, "lora": True},
     "diff_v2": {"steps": 3, "architecture": {"attention": "diff_v2"}},
     "recomputed": {"steps": 3, "checkpoint_every": 2},
     "recomputed_lora": {"steps": 3, "checkpoint_every": 1, "lora": True},
@@ -34,6 +37,7 @@ SCENARIOS = {
     "bfloat16": {"steps": 3, "param_dtype": torch.bfloat16},
     "bfloat16_weights": {"steps": 3, "dtype": torch.bfloat16, "lora": True},
     "tensor": {"steps": 3, "architecture": {"qk_norm": True}, "tensor_parallel_size": 2},
+    "tensor_skeleton": {"steps": 3, "skeleton": True, "tensor_parallel_size": 2},
     "tensor_diff_v2": {"steps": 3, "architecture": {"attention": "diff_v2"}, "tensor_parallel_size": 2},
     "tensor_softmax": {"steps": 3, "architecture": {"attention": "softmax"}, "tensor_parallel_size": 2},
 }
@@ -75,6 +79,10 @@ class Curve(Callback):
 
 def tiny_model(**settings):
     seed_everything(3, verbose=False)
+    return DiffTransformerForCausalLM(tiny_config(**settings))
+
+
+def tiny_config(**settings):
     architecture = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -86,7 +94,15 @@ def tiny_model(**settings):
         "tie_word_embeddings": False,
         "max_position_embeddings": 64,
     }
-    return DiffTransformerForCausalLM(DiffTransformerConfig(**{**architecture, **settings}))
+    return DiffTransformerConfig(**{**architecture, **settings})
+
+
+def tiny_skeleton():
+    """The tiny model on the meta device, and what fills it."""
+    config = tiny_config()
+    with torch.device("meta"):
+        model = DiffTransformerForCausalLM(config)
+    return model, partial(fill_model, weights=FreshWeights(partial(DiffTransformerForCausalLM, config), 3))
 
 
 def whole(tensor):
@@ -107,17 +123,20 @@ def train(
     poison=None,
     patience=None,
     data=None,
+    skeleton=False,
     **sharding,
 ):
     """Train one scenario; return its curve, its parameters by name, and what every rank had counted."""
-    model = cast_weights(tiny_model(**(architecture or {})), dtype)
+    model, load_weights = cast_weights(tiny_model(**(architecture or {})), dtype), None
+    if skeleton and devices > 1:
+        model, load_weights = tiny_skeleton()
     if lora:
         seed_everything(4, verbose=False)
         add_adapter(model, AdapterSettings(rank=4, alpha=8))
     if checkpoint_every:
         recompute_blocks(model, every=checkpoint_every)
     curve = Curve()
-    module = Poisoned(model, lr=3e-3, warmup_steps=3, total_steps=20, schedule="cosine")
+    module = Poisoned(model, lr=3e-3, warmup_steps=3, total_steps=20, schedule="cosine", load_weights=load_weights)
     module.poison = poison
     trainer = build_trainer(
         [curve, *([Evaluated(Patience("loss", "min", patience))] if patience else [])],
