@@ -49,8 +49,13 @@ def runs(tmp_path_factory):
         assert run.fit(load_config(QUICKSTART, overrides(base, folder / name, *settings))) == 0
     shared = (f"data.micro_batch_size={SHARED}", "trainer.devices=2", "trainer.strategy=fsdp")
     commands = [
-        (name, ["fit", "--config", str(QUICKSTART), *overrides(base, folder / name, *shared, *more)])
-        for name, more in (("full", ()), ("lora", (ADAPTER,)), ("signalled", (ADAPTER,)))
+        (name, ["fit", "--config", str(QUICKSTART), *overrides(base, folder / run_dir, *shared, *more)])
+        for name, run_dir, more in (
+            ("full", "full", ()),
+            ("again", "full", ()),
+            ("lora", "lora", (ADAPTER,)),
+            ("signalled", "signalled", (ADAPTER,)),
+        )
     ]
     (folder / "commands.json").write_text(json.dumps(commands))
     scontrol = folder / "bin" / "scontrol"
@@ -89,6 +94,12 @@ def test_two_ranks_that_share_a_model_train_what_one_process_trains(runs, kind):
     ours, theirs = curve(runs, "lora" if kind else "full"), curve(runs, f"alone{kind}")
     assert ours.keys() == theirs.keys() and ours
     assert all(abs(ours[step] - theirs[step]) <= TOLERANCE for step in ours)
+
+
+def test_a_stage_begins_with_what_the_one_before_left_in_shards(runs):
+    assert [code["again"] for code in codes(runs)] == [0, 0]
+    # What this and the other tests look at is of the second time, from the checkpoint of the first stage.
+    assert "stage answers has ended before: passed over" in (runs / "output.txt").read_text()
 
 
 def test_the_model_is_exported_at_the_end_and_its_checkpoint_loads_as_a_model(runs):
