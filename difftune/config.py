@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from difftune.config_adapter import AdapterConfig
+from difftune.config_checkpoint import CheckpointConfig
 from difftune.config_distill import DistillConfig
 from difftune.config_field import key as _key
 from difftune.config_scale import FsdpConfig
@@ -195,24 +196,12 @@ class TrainerConfig:
     """Micro-batches of an optimiser step."""
     gradient_clip_val: float | None = _key(1.0, above=0)
     """Largest norm of the gradient. null: no clipping."""
+    timeout_s: float = _key(1800.0, above=0)
+    """Seconds after which a process gives up waiting for the others: longer than any evaluation or saving takes."""
     log_every_n_steps: int = _key(10, low=1)
     """Optimiser steps between two lines of metrics."""
     deterministic: bool = False
     """Ask torch for deterministic kernels, and fail where there is none."""
-
-
-@dataclass
-class CheckpointConfig:
-    """What is kept of a run, to resume it and to choose from."""
-
-    every_n_steps: int | None = _key(None, low=1)
-    """Optimiser steps between two checkpoints. null: only at the end and when stopped by a signal."""
-    keep_last: int = _key(2, low=1)
-    """How many of the newest to keep; the best one is kept besides."""
-    best_metric: str | None = None
-    """Figure of an evaluation by which the best one is chosen, such as `eval/gsm8k/accuracy`. null: none is best."""
-    best_mode: str = _key("max", choices=("max", "min"))
-    """Whether more or less of it is better."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ from difftune.build import (
     fresh_architecture,
 )
 from difftune.build_scale import is_sharded, settle_strategies
-from difftune.checkpoints.adapters import load_with_base, save_adapter
+from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
@@ -43,6 +43,7 @@ from difftune.run_folder import RunFolder
 from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
 from difftune.training.preemption import Preemption
+from difftune.training.slurm import requeue_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
                     say(f"adapter: {describe_adapter(adapted)}")
             _train(config, stage, folder, model, adapted, tokenizer, preemption)
             if preemption.exit_code is not None:
-                log.warning("stopped by a signal; the same command goes on from here")
+                if is_first_rank():
+                    log.warning("stopped by a signal; the same command goes on from here")
+                    requeue_if_asked(preemption.exit_code - 128)
                 return preemption.exit_code
     if is_first_rank():
         _finish(config, folder, stages[-1].name, tokenizer)
@@ -241,7 +244,7 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
         source = f"{checkpoint.relative_to(folder.path)} of a difftune run"
         out = folder.path / "export"
         if config.adapter is not None and config.export.format == "auto":
-            save_adapter(load_with_base(checkpoint), out, tokenizer=tokenizer, overwrite=True)
+            save_trained_adapter(checkpoint, out, tokenizer=tokenizer, overwrite=True)
             say(f"exported {out}: an adapter, in PEFT's format")
         else:
             model = _load_finished(checkpoint, is_adapter=config.adapter is not None)

@@ -131,7 +131,7 @@ def _tail(path: Path, size: int = 20_000) -> str:
     return path.read_text(errors="replace")[-size:] if path.is_file() else ""
 
 
-def _become_rank(module: str, rank: int, ranks: int, port: int, log: Path, arguments: list[str]) -> None:
+def become_rank(module: str, rank: int, ranks: int, port: int, log: Path, arguments: list[str]) -> None:
     """The rest of the life of a forked process."""
     code = 1
     try:
@@ -177,7 +177,7 @@ def _supervise(module: str, ranks: int, logs: Path, arguments: list[str]) -> int
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            _become_rank(module, rank, ranks, port, logs / str(rank), arguments)
+            become_rank(module, rank, ranks, port, logs / str(rank), arguments)
         alive.add(child)
     failed, deadline = 0, float("inf")
     while alive:

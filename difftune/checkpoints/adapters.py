@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.adapter_base import describe_quantization, load_base
+from difftune.checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_adapter
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
     check_names,
@@ -28,7 +29,6 @@ from difftune.checkpoints.folders import (
     read_training_weights,
     resolve_folder,
 )
-from difftune.checkpoints.publish import new_folder
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.modeling.adapters import (
     activate_adapter,
@@ -41,8 +41,6 @@ from difftune.modeling.quantized import quantization_of
 
 log = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 FOREIGN = "difftune_diffllama"
 """What ``auto_mapping`` has in an adapter that was exported for transformers' DiffLlama."""
@@ -94,20 +92,35 @@ def save_adapter(
         >>> save_adapter(adapted, "adapters/maths", base="my-model")  # doctest: +SKIP
     """
     config = describe_config(adapted, name, base=base)
-    tensors = {key: p.detach().cpu().clone().contiguous() for key, p in saved_tensors(adapted, name).items()}
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise ValueError(f"adapter {name!r} is not saved: {bad[0]} and {len(bad) - 1} more tensors are not finite")
-    target = Path(out_dir).expanduser().absolute()
-    with new_folder(target, overwrite=overwrite) as folder:
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        written = load_file(folder / ADAPTER_WEIGHTS)
-        assert written.keys() == tensors.keys()
-        assert all(torch.equal(tensor, written[key]) for key, tensor in tensors.items())
-    return target
+    return write_adapter(config, saved_tensors(adapted, name), out_dir, name, tokenizer, overwrite)
+
+
+def save_trained_adapter(
+    checkpoint: str | Path,
+    out_dir: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """As :func:`save_adapter`, from a training checkpoint, one rank's or all ranks' together, without its base.
+
+    Args:
+        checkpoint: Its folder.
+        out_dir: The folder to make.
+        tokenizer: Saved beside it.
+        overwrite: Replace an adapter that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: As :func:`save_adapter`; if the checkpoint is damaged.
+    """
+    folder = Path(checkpoint)
+    _read_config(folder)
+    return write_adapter(
+        read_json(folder / ADAPTER_CONFIG), _read_tensors(folder), out_dir, "default", tokenizer, overwrite
+    )
 
 
 def describe_config(adapted: PeftModel, name: str = "default", *, base: str | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from difftune.shard_files import ShardedTensors, is_sharded
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -19,6 +21,7 @@ TRAINING_WEIGHTS = "checkpoint.pt"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHOWN = 8
+_MODEL = "model."
 
 
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
@@ -157,7 +160,7 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read the model's tensors from a training checkpoint, without its optimiser, once its hash is right.
 
     Args:
-        folder: Holds ``checkpoint.pt`` and the ``manifest.json`` with its hash.
+        folder: Holds ``checkpoint.pt``, the ``manifest.json`` with its hash, and ``shards/`` if several ranks wrote it.
 
     Returns:
         Tensor by name, on the CPU.
@@ -165,25 +168,65 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the checkpoint is damaged, or holds no weights of a model.
     """
-    return {name: tensor.clone() for name, tensor in map_training_weights(folder).items()}
+    tensors = map_training_weights(folder)
+    return {name: tensors[name] if is_sharded(folder) else tensors[name].clone() for name in tensors}
 
 
-def map_training_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """As :func:`read_training_weights`, but the tensors are mapped: what is used of them is read then."""
-    path = folder / TRAINING_WEIGHTS
-    listed = read_json(folder / "manifest.json").get("files", {}).get(TRAINING_WEIGHTS, {})
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    if digest.hexdigest() != listed.get("sha256"):
-        raise ValueError(f"{path} is not what its manifest.json says: the checkpoint is damaged, take another")
+def map_training_weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    """As :func:`read_training_weights`, but what is used of the tensors is read then, and not more than a tensor."""
+    sharded = is_sharded(folder)
+    listed = read_json(folder / "manifest.json").get("files", {})
+    for name in listed if sharded else [TRAINING_WEIGHTS]:
+        _check_hash(folder / name, listed.get(name, {}).get("sha256"))
     # Mapped, so that the optimiser's state, twice the weights, is not read; weights_only, so that no code runs.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
-    tensors = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    checkpoint = torch.load(folder / TRAINING_WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    tensors: Mapping[str, torch.Tensor]
+    if sharded:
+        tensors = _ShardedWeights(folder, checkpoint["aliases"])
+    else:
+        state = checkpoint.get("state_dict", {})
+        tensors = {_in_model(name): tensor for name, tensor in state.items() if name.startswith(_MODEL)}
     if not tensors:
-        raise ValueError(f"{path} holds no weights of a model")
+        raise ValueError(f"{folder / TRAINING_WEIGHTS} holds no weights of a model")
     return tensors
+
+
+class _ShardedWeights(Mapping[str, torch.Tensor]):
+    """The model's tensors in a sharded checkpoint, each read when it is asked for."""
+
+    def __init__(self, folder: Path, aliases: dict[str, str]) -> None:
+        self._stored = ShardedTensors(folder)
+        names = [name for name in self._stored if name.startswith(_MODEL)]
+        self._names = {_in_model(name): name for name in names}
+        self._names |= {_in_model(alias): name for alias, name in aliases.items()}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape by name; nothing is read."""
+        return {name: self._stored.described[full].shape for name, full in self._names.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _in_model(name: str) -> str:
+    """A name of the training module's as the model has it."""
+    return name.removeprefix(_MODEL)
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{path} is not what its manifest.json says: the checkpoint is damaged, take another")
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], *, source: str, expected_by: str) -> None:

@@ -75,7 +75,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
             check_tied_head(self._stored, source=str(self.folder))
         with torch.device("meta"):
             model = DiffTransformerForCausalLM(copy.deepcopy(self.config))
-        shapes = self._stored.shapes() if isinstance(self._stored, LazyTensors) else _shapes(self._stored)
+        shapes = self._stored.shapes() if hasattr(self._stored, "shapes") else _shapes(self._stored)
         found = {name: shape for name, shape in shapes.items() if name != HEAD or not self.config.tie_word_embeddings}
         owner: Any = DiffTransformerForCausalLM if foreign is None else DiffLlamaForCausalLM
         check_shapes(found, owner, foreign or self.config, source=str(self.folder))

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from difftune.training.checkpoint_background import BackgroundCheckpointIO
 from difftune.training.checkpoint_io import AtomicCheckpointIO, list_checkpoints
 from difftune.training.rng import capture_rng, restore_rng
 
@@ -33,6 +35,9 @@ class Checkpointing(Checkpoint):
     error is logged, and the next one is tried as planned. Only if the last one cannot be saved either,
     training raises.
 
+    With ``background`` regular checkpoints are written while the training goes on; whether one has failed is
+    seen, and older ones are removed, when the next is due. The last one and the best are waited for.
+
     ``directory/best`` links to the best checkpoint, ``directory/best.json`` has its metric. Checkpoints that
     a resumed run finds to be later than where it resumes (damaged ones, or those of a run that took another
     turn) are renamed to ``abandoned-*``.
@@ -45,6 +50,7 @@ class Checkpointing(Checkpoint):
         keep_last: How many of the newest to keep, at least 1.
         best_metric: Name of the metric that decides which is best. None: none is.
         best_mode: ``max`` or ``min``.
+        background: Write regular checkpoints from a copy in memory, in a thread.
 
     Raises:
         ValueError: If a number is below 1 or the mode is neither.
@@ -59,6 +65,7 @@ class Checkpointing(Checkpoint):
         keep_last: int = 2,
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",
+        background: bool = False,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, or None for no regular ones, got {every_n_steps}")
@@ -69,18 +76,31 @@ class Checkpointing(Checkpoint):
         self.directory = Path(directory)
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
         self.best_metric, self.best_mode = best_metric, best_mode
+        self.background = background
         self.last_saved_step: int | None = None
         """Optimiser steps at the newest checkpoint; None before the first."""
         self.best_value: float | None = None
         """Value of ``best_metric`` at the best checkpoint."""
+        self._io: BackgroundCheckpointIO | None = None
+        self._in_flight: int | None = None
         self._rng: list[dict[str, Any]] | None = None
         self._step_before = 0
         self._stop_at_boundary = False
         self._begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have Lightning read and write checkpoints through :class:`AtomicCheckpointIO`."""
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        """Have Lightning read and write checkpoints in our format."""
+        build = getattr(trainer.strategy, "build_checkpoint_io", AtomicCheckpointIO)
+        self._io = trainer.strategy.checkpoint_io = BackgroundCheckpointIO(build())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for what is being written."""
+        if self._io is not None:
+            self._io.teardown()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Wait for what is being written: it may be the newest checkpoint."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tidy up what an earlier run left."""
@@ -111,7 +131,7 @@ class Checkpointing(Checkpoint):
         step = trainer.global_step
         last = trainer.should_stop or step == trainer.max_steps or _is_last_batch(trainer)
         if last or (self.every_n_steps is not None and step % self.every_n_steps == 0):
-            self._save(trainer, last=last)
+            self._save(trainer, last=last, background=self.background and not last)
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Keep this step's weights if they are the best so far; an evaluation calls it when it is done.
@@ -172,34 +192,70 @@ class Checkpointing(Checkpoint):
         """Whether the optimiser stepped in the current batch."""
         return trainer.global_step > self._step_before
 
-    def _save(self, trainer: Trainer, *, last: bool) -> bool:
-        """Save the current step; return whether it is on disk now. Raises only for the last one."""
+    def _save(self, trainer: Trainer, *, last: bool, background: bool = False) -> bool:
+        """Save the current step; return whether it is on disk, or on its way. Raises only for the last one."""
         step = trainer.global_step
+        self._land(trainer)
         if self.last_saved_step == step:
             return True
-        error: OSError | None = None
-        try:
-            trainer.save_checkpoint(self._path(step), weights_only=False)
-        except OSError as caught:
-            error = caught
-            # The one that the other ranks wait at inside save_checkpoint, which this rank left early.
-            trainer.strategy.barrier("Trainer.save_checkpoint")
-        if trainer.strategy.broadcast(error is not None):
+
+        def save() -> None:
+            options = {"background": True} if background else None
+            trainer.save_checkpoint(self._path(step), weights_only=False, storage_options=options)
+
+        error, failed = self._attempt(trainer, save, "Trainer.save_checkpoint")
+        if failed:
             if last:
                 raise error or OSError(errno.EIO, "rank 0 could not save the checkpoint")
-            if trainer.is_global_zero:
-                log.error(
-                    "checkpoint of step %d NOT saved (%s); training goes on, the newest checkpoint is that of "
-                    "step %s: free some space",
-                    step,
-                    error,
-                    self.last_saved_step,
-                )
+            self._log_failure(trainer, step, error)
             return False
+        if background:
+            self._in_flight = step
+        else:
+            self._saved(trainer, step)
+        return True
+
+    def _land(self, trainer: Trainer) -> None:
+        """Wait for the checkpoint that is being written, and see what came of it."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return
+        assert self._io is not None, "set up, if something was saved"
+        error, failed = self._attempt(trainer, self._io.finish)
+        if failed:
+            self._log_failure(trainer, step, error)
+        else:
+            self._saved(trainer, step)
+
+    def _attempt(
+        self, trainer: Trainer, work: Callable[[], None], barrier: str | None = None
+    ) -> tuple[OSError | None, bool]:
+        """Do something that may fail for lack of space; return this rank's error, and whether rank 0 failed."""
+        error: OSError | None = None
+        try:
+            work()
+        except OSError as caught:
+            error = caught
+            if barrier is not None:
+                # The one that the other ranks wait at inside the work, which this rank left early.
+                trainer.strategy.barrier(barrier)
+        return error, trainer.strategy.broadcast(error is not None)
+
+    def _log_failure(self, trainer: Trainer, step: int, error: OSError | None) -> None:
+        if trainer.is_global_zero:
+            log.error(
+                "checkpoint of step %d NOT saved (%s); training goes on, the newest checkpoint is that of "
+                "step %s: free some space",
+                step,
+                error,
+                self.last_saved_step,
+            )
+
+    def _saved(self, trainer: Trainer, step: int) -> None:
+        """A checkpoint has got its name: older ones may go."""
         self.last_saved_step = step
         if trainer.is_global_zero:
             self._prune()
-        return True
 
     def _path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""

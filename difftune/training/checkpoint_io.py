@@ -7,6 +7,7 @@ A checkpoint is a folder::
                             the data, random state
       config.json           the architecture, if the model has one: with it the weights load without the run
       adapter_config.json   instead of it, if an adapter is trained: the weights are the adapter's alone
+      shards/               if the model was sharded: weights and optimiser, a file a rank, and not in checkpoint.pt
       manifest.json         {"step": 200, "files": {"checkpoint.pt": {"bytes": ..., "sha256": ...}, ...}}
 
 It is written under a hidden name beside its place, flushed to the disk, and renamed last. What has its final
@@ -24,6 +25,9 @@ from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+
+from difftune.shard_files import METADATA, SHARDS, ShardedTensors, is_sharded
+from difftune.training.optimizer_state import is_optimizer_tensor, join_tensors
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +60,11 @@ class AtomicCheckpointIO(CheckpointIO):
         assert storage_options is None, "no storage options exist"
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+        temporary = temporary_of(path)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            files = {}
-            for key, name in (("model_config", CONFIG), ("adapter_config", ADAPTER_CONFIG)):
-                if key in checkpoint:
-                    content = (json.dumps(checkpoint[key], indent=2, sort_keys=True) + "\n").encode()
-                    files[name] = _write(temporary / name, lambda file, content=content: file.write(content))
-            files[WEIGHTS] = _write(temporary / WEIGHTS, lambda file: torch.save(checkpoint, file))
-            manifest = json.dumps({"step": checkpoint["global_step"], "files": files}, indent=2) + "\n"
-            _write(temporary / MANIFEST, lambda file: file.write(manifest.encode()))
-            _sync_folder(temporary)
-            _replace_folder(temporary, path)
+            commit(temporary, path, checkpoint["global_step"], write_files(checkpoint, temporary))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -96,20 +91,52 @@ class AtomicCheckpointIO(CheckpointIO):
             raise ValueError(
                 f"{path} cannot be resumed from: {reason}; choose another, or resume=auto for the newest whole one"
             )
-        return torch.load(
+        checkpoint = torch.load(
             path / WEIGHTS,
             map_location="cpu" if map_location is None else map_location,
             weights_only=weights_only is not False,
         )
+        if is_sharded(path):
+            stored = ShardedTensors(path)
+            tensors = stored.read(stored)
+            weights = {name: tensor for name, tensor in tensors.items() if not is_optimizer_tensor(name)}
+            checkpoint["state_dict"] = with_aliases(weights, checkpoint)
+            checkpoint["optimizer_states"] = join_tensors(tensors, checkpoint["optimizer_states"])
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint; half removed, it already has no checkpoint's name."""
         path = Path(path)
-        doomed = path.with_name(f"{_TEMPORARY}{path.name}")
+        doomed = temporary_of(path)
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
         # What a busy file system keeps is removed by the next run.
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """The hidden folder in which a checkpoint is written."""
+    return path.with_name(f"{_TEMPORARY}{path.name}")
+
+
+def write_files(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write what ``checkpoint`` holds, but for the manifest; return the manifest's entries."""
+    files = {}
+    for key, name in (("model_config", CONFIG), ("adapter_config", ADAPTER_CONFIG)):
+        if key in checkpoint:
+            content = (json.dumps(checkpoint[key], indent=2, sort_keys=True) + "\n").encode()
+            files[name] = _write(folder / name, lambda file, content=content: file.write(content))
+    files[WEIGHTS] = _write(folder / WEIGHTS, lambda file: torch.save(checkpoint, file))
+    return files
+
+
+def commit(temporary: Path, path: Path, step: int, files: dict[str, Any]) -> None:
+    """Write the manifest of a folder whose files are all on the disk, and give it its name."""
+    manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
+    _write(temporary / MANIFEST, lambda file: file.write(manifest.encode()))
+    for folder in (temporary / SHARDS, temporary) if is_sharded(temporary) else (temporary,):
+        _sync_folder(folder)
+    _replace_folder(temporary, path)
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
@@ -152,8 +179,13 @@ def find_resumable(directory: str | Path) -> Path | None:
     return None
 
 
-def find_damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint folder, by its manifest's sizes and hashes; None if it is whole."""
+def find_damage(path: str | Path, part: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest's sizes and hashes; None if it is whole.
+
+    Args:
+        path: The folder.
+        part: Rank and number of ranks, where each rank looks into its share of the files.
+    """
     path = Path(path)
     if not path.is_dir():
         return "it is not a checkpoint folder" if path.exists() else "it does not exist"
@@ -161,7 +193,9 @@ def find_damage(path: str | Path) -> str | None:
         files = _read_manifest(path)["files"]
         if WEIGHTS not in files:
             return f"its {MANIFEST} does not list {WEIGHTS}"
-        for name, expected in files.items():
+        if is_sharded(path) and f"{SHARDS}/{METADATA}" not in files:
+            return f"its {MANIFEST} does not list {SHARDS}/{METADATA}"
+        for name, expected in sorted(files.items())[part[0] :: part[1]]:
             if not (path / name).is_file():
                 return f"{name} is missing"
             size = (path / name).stat().st_size
@@ -172,6 +206,11 @@ def find_damage(path: str | Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def with_aliases(weights: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Give tied weights, which a sharded checkpoint holds once, all of their names."""
+    return weights | {alias: weights[name] for alias, name in checkpoint["aliases"].items() if name in weights}
 
 
 def _hash(path: Path) -> str:
@@ -196,7 +235,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-class _HashingFile:
+class HashingFile:
     """A file that hashes what is written to it, and remembers why writing failed."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -204,6 +243,7 @@ class _HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write and hash."""
         try:
             self.file.write(data)
         except OSError as error:
@@ -214,13 +254,31 @@ class _HashingFile:
         return len(data)
 
     def flush(self) -> None:
+        """As of any file."""
         self.file.flush()
+
+    def tell(self) -> int:
+        """How much was written."""
+        return self.size
+
+    def fileno(self) -> int:
+        """Asked for by whoever syncs: what is still in memory has to be in the file then."""
+        self.file.flush()
+        return self.file.fileno()
+
+    def close(self) -> None:
+        """Close the file; nothing that was written is lost."""
+        self.file.close()
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry in the manifest."""
+        return {"bytes": self.size, "sha256": self.digest.hexdigest()}
 
 
 def _write(path: Path, write: Any) -> dict[str, Any]:
     """Call ``write(file)``, flush the file to the disk, and return its entry in the manifest."""
     with open(path, "wb") as raw:
-        file = _HashingFile(raw)
+        file = HashingFile(raw)
         try:
             write(file)
         except RuntimeError as error:
@@ -228,7 +286,7 @@ def _write(path: Path, write: Any) -> dict[str, Any]:
             raise (file.error or error) from None
         raw.flush()
         os.fsync(raw.fileno())
-    return {"bytes": file.size, "sha256": file.digest.hexdigest()}
+    return file.entry()
 
 
 def _sync_folder(path: Path) -> None:

@@ -44,6 +44,7 @@ from difftune.training.optim import (
     build_schedule,
     reset_hyperparameters,
 )
+from difftune.training.optimizer_state import by_name, in_order, parameter_names
 from difftune.training.sharding import finish_gradients
 from difftune.training.strategies import FSDP2Strategy
 
@@ -298,6 +299,8 @@ class FinetuneModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters, and the architecture, by which the weights can be loaded without this run."""
         self._read_counters()
+        names = [parameter_names(optimizer.param_groups, self) for optimizer in self.trainer.optimizers]
+        checkpoint["optimizer_states"] = list(map(by_name, checkpoint["optimizer_states"], names))
         checkpoint["difftune"] = {
             "tokens_seen": self.tokens_seen,
             "label_tokens_seen": self.label_tokens_seen,
@@ -316,7 +319,12 @@ class FinetuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counters back; refuse a checkpoint of another kind of run, or of another adapter."""
-        check_adapter(checkpoint, self.adapter_config, self._adapter_shapes())
+        self.check_checkpoint(checkpoint)
+        groups = build_parameter_groups(
+            self.model, lr=self.lr, weight_decay=self.weight_decay, lambda_lr=self.lambda_lr
+        )
+        names = parameter_names(groups, self)
+        checkpoint["optimizer_states"] = [in_order(saved, names) for saved in checkpoint["optimizer_states"]]
         state = checkpoint["difftune"]
         self.tokens_seen, self.label_tokens_seen = state["tokens_seen"], state["label_tokens_seen"]
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
@@ -325,6 +333,10 @@ class FinetuneModule(LightningModule):
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.resume_step = checkpoint["global_step"]
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError for a checkpoint of another kind of run, or of another adapter."""
+        check_adapter(checkpoint, self.adapter_config, self._adapter_shapes())
 
     def _adapter_shapes(self) -> dict[str, torch.Size]:
         """Shape by name, as in the state dict, of an adapter's tensors; a tied weight has both of its names."""

@@ -1,14 +1,17 @@
 """How several devices train together."""
 
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 
+from difftune.training.checkpoint_sharded import ShardedCheckpoints
 from difftune.training.sharding import shard_model
 
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -18,7 +21,7 @@ FILL = 0.5
 """Share of a device that weights, gradients and optimiser may take with `ddp`; the rest is for activations."""
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
     """Fully sharded data parallelism by ``torch.distributed.fsdp.fully_shard``, through Lightning.
 
     The training module shards its model in ``configure_model``, by :meth:`shard`.
@@ -27,16 +30,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         data_parallel_size: Ranks over which batches are split and the model is sharded.
         tensor_parallel_size: Ranks that share each layer.
         cpu_offload: As of :func:`~difftune.training.sharding.shard_model`.
+        timeout: After which a rank gives up waiting for the others. None: torch's.
         sharding: Its other options.
     """
 
     def __init__(
-        self, data_parallel_size: int, tensor_parallel_size: int = 1, *, cpu_offload: bool = False, **sharding: Any
+        self,
+        data_parallel_size: int,
+        tensor_parallel_size: int = 1,
+        *,
+        cpu_offload: bool = False,
+        timeout: timedelta | None = None,
+        **sharding: Any,
     ) -> None:
         super().__init__(
+            timeout=timeout or default_pg_timeout,
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
-            save_distributed_checkpoint=False,
             # Norms of gradients on the host are summed over the ranks there.
             process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None,
         )
@@ -135,7 +145,9 @@ def count_devices(accelerator: str, devices: int | str | list[int], num_nodes: i
     return count
 
 
-def build_strategy(name: str, *, devices: int = 1, tensor_parallel_size: int = 1, **sharding: Any) -> Strategy | str:
+def build_strategy(
+    name: str, *, devices: int = 1, tensor_parallel_size: int = 1, timeout_s: float = 1800.0, **sharding: Any
+) -> Strategy | str:
     """Turn a name into what ``Trainer(strategy=...)`` takes.
 
     Args:
@@ -144,6 +156,7 @@ def build_strategy(name: str, *, devices: int = 1, tensor_parallel_size: int = 1
             ``fsdp`` (parameters, gradients and optimiser sharded over all devices).
         devices: How many there are, over all machines.
         tensor_parallel_size: How many of them share each layer; only of ``fsdp``.
+        timeout_s: Seconds after which a rank gives up waiting for the others.
         sharding: Options of :class:`FSDP2Strategy`; the others have none.
 
     Returns:
@@ -152,10 +165,11 @@ def build_strategy(name: str, *, devices: int = 1, tensor_parallel_size: int = 1
     Raises:
         ValueError: For any other name, or if the devices do not divide into groups.
     """
+    timeout = timedelta(seconds=timeout_s)
     if name == "auto":
         return "auto"
     if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
     if name != "fsdp":
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
     if devices % tensor_parallel_size:
@@ -163,4 +177,4 @@ def build_strategy(name: str, *, devices: int = 1, tensor_parallel_size: int = 1
             f"{devices} devices do not divide into groups of tensor_parallel_size={tensor_parallel_size}: choose a "
             "divisor of the number of devices"
         )
-    return FSDP2Strategy(devices // tensor_parallel_size, tensor_parallel_size, **sharding)
+    return FSDP2Strategy(devices // tensor_parallel_size, tensor_parallel_size, timeout=timeout, **sharding)

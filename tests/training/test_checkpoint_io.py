@@ -124,13 +124,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(where, tmp_path,
         raise OSError(28, "No space left on device")
 
     if where == "write":
-        original, calls = checkpoint_io._HashingFile.__init__, iter(range(1000))
+        original, calls = checkpoint_io.HashingFile.__init__, iter(range(1000))
 
         class FullDisk:
             def write(self, data):
                 return full() if next(calls) > 3 else len(data)
 
-        monkeypatch.setattr(checkpoint_io._HashingFile, "__init__", lambda self, file: original(self, FullDisk()))
+        monkeypatch.setattr(checkpoint_io.HashingFile, "__init__", lambda self, file: original(self, FullDisk()))
     elif where == "fsync":
         monkeypatch.setattr(checkpoint_io.os, "fsync", full)
     else:

@@ -1,3 +1,5 @@
+from datetime import timedelta
+
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -20,6 +22,11 @@ def test_names_become_strategies():
     assert isinstance(sharded, FSDP2Strategy)
     assert (sharded._data_parallel_size, sharded._tensor_parallel_size) == (2, 2)
     assert sharded.sharding == {"reshard_after_forward": False}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_ranks_wait_for_one_another_no_longer_than_asked(name):
+    assert build_strategy(name, devices=2, timeout_s=7)._timeout == timedelta(seconds=7)
 
 
 def test_an_unknown_name_is_refused():
