@@ -63,6 +63,7 @@ class SFTDataModule(pl.LightningDataModule):
         streaming: Read rows as they are needed and keep only a block of them: sources are interleaved, and
             shuffled and packed within blocks of 4,096 rows. Resuming reads and tokenises what came before
             again; each worker and rank reads everything, so 0 or 1 workers are best.
+        context_parallel_size: Ranks, one after another, that are given the same rows.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -88,6 +89,7 @@ class SFTDataModule(pl.LightningDataModule):
         accumulate_grad_batches: int = 1,
         streaming: bool = False,
         teacher: TeacherSettings | None = None,
+        context_parallel_size: int = 1,
     ) -> None:
         super().__init__()
         if not train:
@@ -119,6 +121,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._accumulate = accumulate_grad_batches
         self._streaming = streaming
         self._teacher = teacher
+        self._context_parallel_size = context_parallel_size
         self._corpus: Corpus | None = None
         # Where the stream was entered: global rows, and the batches that Lightning had counted there.
         self._start_row = 0
@@ -214,12 +217,14 @@ class SFTDataModule(pl.LightningDataModule):
         """Batches of each rank over all epochs, from the beginning; None if endless or streaming.
 
         Args:
-            world_size: Number of ranks. None: the trainer's, or 1 without a trainer.
+            world_size: Number of ranks, those that share rows included. None: the trainer's, or 1 without a trainer.
         """
         self.prepare()
         if self._max_epochs is None or self._streaming:
             return None
-        ranks = self._rank_and_world_size()[1] if world_size is None else world_size
+        ranks = self._rank_and_world_size()[1]
+        if world_size is not None:
+            ranks = max(1, world_size // self._context_parallel_size)
         return -(-self.stats.batch_rows * self._max_epochs // (self._micro_batch_size * ranks))
 
     def total_steps(self, world_size: int | None = None) -> int | None:
@@ -301,7 +306,10 @@ class SFTDataModule(pl.LightningDataModule):
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         sharding = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return (sharding["rank"], sharding["num_replicas"]) if sharding else (0, 1)
+        if not sharding:
+            return 0, 1
+        shared = self._context_parallel_size
+        return sharding["rank"] // shared, sharding["num_replicas"] // shared
 
     def _batches_processed(self) -> int:
         if not self.trainer:
