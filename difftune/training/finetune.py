@@ -44,6 +44,8 @@ from difftune.training.optim import (
     build_schedule,
     reset_hyperparameters,
 )
+from difftune.training.sharding import average_replicated_gradients
+from difftune.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,13 @@ class FinetuneModule(LightningModule):
         self._skipped_in_a_row = 0
         self._loss_divisor: int | None = None
         self._resumed = False
+        self._replicated: list[nn.Parameter] = []
+
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy does; a second call changes nothing."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            self._replicated = strategy.shard(self.model)
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer settings that would not do what they say; put the model into train mode."""
@@ -225,6 +234,8 @@ class FinetuneModule(LightningModule):
             torch.distributed.all_reduce(self._window)
             self._window /= self.trainer.world_size
         loss_sum, labels = self._window.unbind()
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            average_replicated_gradients(self._replicated, self.trainer.strategy.device_mesh["data_parallel"])
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         assert self._loss_divisor is not None
         norm = rescale_and_clip_(gradients, self._loss_divisor / labels, gradient_clip_val)

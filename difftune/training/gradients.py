@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
@@ -29,14 +30,22 @@ def rescale_and_clip_(
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
     assert gradients, "an optimiser step needs at least one gradient"
-    norm = get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = _total_norm(gradients)
     # In bfloat16 the factor itself would be off by up to 0.4%.
     dtype = torch.promote_types(norm.dtype, torch.float32)
     norm = norm.to(dtype) * scale.to(dtype)
     factor = scale.to(dtype)
     if max_norm is not None:
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
     return norm
+
+
+def _total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over all of them: those that each rank has whole, and those that are sharded, a mesh at a time."""
+    by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [get_total_norm(group) for group in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else get_total_norm(whole)

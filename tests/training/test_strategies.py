@@ -10,5 +10,5 @@ def test_names_become_strategies():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="must be auto or ddp, got 'deepspeed'"):
+    with pytest.raises(ValueError, match="must be one of auto, ddp, fsdp, got 'deepspeed'"):
         build_strategy("deepspeed")

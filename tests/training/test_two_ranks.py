@@ -1,22 +1,16 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tests.training.toy import ToyData, build_module, build_trainer, parameters
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "tests.training.two_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_ranks("tests.training.two_ranks", str(folder))
     return folder, torch.load(folder / "results.pt")
 
 

@@ -1,8 +1,5 @@
-"""Trainings on two ranks, one after the other in one program, whose results a test reads from a folder."""
+"""Trainings on two ranks, one after the other as a worker of `ranks.py`, whose results a test reads from a folder."""
 
-import os
-import socket
-import sys
 from pathlib import Path
 
 import torch
@@ -28,34 +25,17 @@ def train(folder, **settings):
     return parameters(module.model)
 
 
-def main(folder):
-    """Become two ranks by forking, which pays for the imports once, as torchrun would set them up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    child = os.fork()
-    rank = "1" if child == 0 else "0"
-    os.environ |= {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-    }
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    torch.set_num_threads(1)
+def main(arguments):
+    """Train into the folder that is given; rank 0 saves the results."""
+    folder = Path(arguments[0])
     plain = train(folder / "plain", double=True)
     straight = train(folder / "dropout", dropout=0.2)
     torch.distributed.barrier()
-    if rank == "0":
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
         AtomicCheckpointIO().remove_checkpoint(folder / "dropout/checkpoints/step-00000009")
     torch.distributed.barrier()
     resumed = train(folder / "dropout", dropout=0.2)
     torch.distributed.destroy_process_group()
-    if rank == "0":
-        assert os.waitpid(child, 0)[1] == 0, "rank 1 failed"
+    if is_first:
         torch.save({"plain": plain, "straight": straight, "resumed": resumed}, folder / "results.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
