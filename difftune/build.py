@@ -19,6 +19,7 @@ from difftune.data.sources import Source
 from difftune.data.teacher_store import TeacherSettings
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
 from difftune.data.tokenizers import require_same_tokens
+from difftune.data.upsampling import Upsampling
 from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.early_stop import Patience
 from difftune.evaluation.math import MathTask
@@ -118,6 +119,7 @@ def build_model(
     if config.gradient_checkpointing:
         # transformers 5.23 renames it; 5.17 has the old name only.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.chunk_mlp(config.mlp_chunk)
     return model
 
 
@@ -167,6 +169,8 @@ def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
         accumulate_grad_batches=stage.trainer.accumulate_grad_batches,
         streaming=config.streaming,
         teacher=teacher_settings(stage),
+        context_parallel_size=stage.trainer.context_parallel_size,
+        upsampling=None if config.upsample is None else Upsampling(**vars(config.upsample), seed=stage.seed),
     )
 
 
@@ -220,7 +224,7 @@ def build_module(
         model: To be trained.
         data: The stage's data.
         tokenizer: The student's, for a teacher to be compared with.
-        world_size: Number of processes.
+        world_size: Number of processes. One alone, as in a dry run, has whole rows to itself.
         adapted: The model with its adapter, if it has one.
     """
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}
@@ -228,7 +232,8 @@ def build_module(
     options["total_steps"] = total_steps(stage, data, world_size)
     distill = stage.distill
     if distill.teacher is None:
-        return FinetuneModule(model, **options)
+        shared = stage.trainer.context_parallel_size if world_size > 1 else 1
+        return FinetuneModule(model, context_parallel_size=shared, **options)
     return DistillModule(
         model,
         teacher=None if distill.top_k is not None else build_teacher(stage, tokenizer, model.config.vocab_size),

@@ -15,9 +15,10 @@ from typing import Any
 
 from difftune.config_adapter import AdapterConfig
 from difftune.config_field import key as _key
+from difftune.config_long import UpsampleConfig
 from difftune.tasks.base import TaskConfig
 
-RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization", "gradient_checkpointing")
+RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization", "gradient_checkpointing", "mlp_chunk")
 """Keys of `model` that do not describe the architecture."""
 
 
@@ -83,6 +84,9 @@ class ModelConfig:
     An adapter is trained beside them. null: plain weights."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    mlp_chunk: int | None = _key(None, low=1)
+    """Tokens that go through the gated unit at once, and again in the backward pass: its inner width then takes no
+    memory that grows with the row. null: all at once, computed once."""
 
     def architecture(self) -> dict[str, Any]:
         """The architecture fields that were set: keyword arguments of DiffTransformerConfig."""
@@ -133,6 +137,8 @@ class DataConfig:
     """Folder of tokenised data, keyed by content. null: `cache/` in the run folder."""
     streaming: bool = False
     """Read rows as they are needed, for sets that do not fit in memory."""
+    upsample: UpsampleConfig | None = None
+    """Long documents more often. null: every document once an epoch."""
     check: bool = True
     """Look at the first rows before training, and refuse what would be learned wrongly."""
 
@@ -201,6 +207,8 @@ class TrainerConfig:
     """Machines."""
     strategy: str = "auto"
     """How the devices work together: `auto` or `ddp`."""
+    context_parallel_size: int = _key(1, low=1)
+    """Devices that share every row, each with a part of its tokens; must divide their number. 1: whole rows."""
     precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     """Arithmetic of the training steps."""
     max_steps: int = _key(-1, low=-1)

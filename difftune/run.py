@@ -39,6 +39,7 @@ from difftune.result_folder import ResultFolder
 from difftune.run_folder import RunFolder
 from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
+from difftune.training.context_parallel import require_divisible
 from difftune.training.preemption import Preemption
 
 log = logging.getLogger(__name__)
@@ -220,6 +221,7 @@ def _train(
         resume_step=None if resume_from is None else step_of(resume_from),
         console=console,
     )
+    require_divisible(stage.trainer.context_parallel_size, trainer.world_size)
     module = build_module(stage, model, data, tokenizer, trainer.world_size, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:

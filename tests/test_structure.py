@@ -22,6 +22,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 CONFIG = {
     "config",
     "config_adapter",
+    "config_long",
     "config_tree",
     "config_build",
     "config_checks",

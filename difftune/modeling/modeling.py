@@ -199,8 +199,8 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
             z_loss: Weight of the squared log-partition in the loss.
             output_hidden_states: Return the hidden states after the embedding and each layer, the last normed.
             return_dict: Must stay True; a tuple would lose the names.
-            shard: The part of longer rows that this process has. Then ``input_ids``, ``position_ids`` and ``labels`` are
-                those of its tokens, labels already shifted, since the next token may lie on another process;
+            shard: The part of longer rows that this process has. Then ``input_ids``, ``position_ids`` and ``labels``
+                are those of its tokens, labels already shifted, since the next token may lie on another process;
                 documents are in the shard, and there is no cache.
 
         Returns:
@@ -241,12 +241,27 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
 
         Args:
             max_position_embeddings: Longest sequence, in tokens. Default: unchanged.
-            rope_parameters: As in the config. Default: unchanged.
+            rope_parameters: As in the config. Default: unchanged. Where it does not say ``rope_theta``, the model keeps
+                its own; ``original_max_position_embeddings``, for the forms that want it, is what the model had.
+
+        Raises:
+            ValueError: If the form is unknown, or lacks a number.
         """
-        if max_position_embeddings is not None:
-            self.config.max_position_embeddings = max_position_embeddings
+        changed = self.config.to_dict()
         if rope_parameters is not None:
-            self.config.rope_parameters = dict(rope_parameters)
+            had = {"rope_type": "default", "rope_theta": changed["rope_parameters"]["rope_theta"]}
+            changed["rope_parameters"] = {**had, **rope_parameters}
+            if changed["rope_parameters"]["rope_type"] in ("yarn", "llama3", "longrope"):
+                original = self.config.max_position_embeddings
+                changed["rope_parameters"].setdefault("original_max_position_embeddings", original)
+        if max_position_embeddings is not None:
+            changed["max_position_embeddings"] = max_position_embeddings
+        try:
+            checked = type(self.config).from_dict(changed)
+        except KeyError as error:  # how transformers says that a form lacks a number
+            raise ValueError(f"rope_parameters {changed['rope_parameters']}: {error.args[0]}") from error
+        self.config.rope_parameters = checked.rope_parameters
+        self.config.max_position_embeddings = checked.max_position_embeddings
         self.model.rotary_emb = build_rotary(self.config).to(self.device)
 
     def warm_up_lambda(self, steps: int) -> None:
@@ -267,6 +282,18 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         for module in self.modules():
             if isinstance(module, LambdaV1):
                 module.warm_up(steps)
+
+    def chunk_mlp(self, tokens: int | None) -> None:
+        """Let the gated units take so many tokens at once, and again in the backward pass; None: all, once.
+
+        Raises:
+            ValueError: If ``tokens`` is below 1.
+        """
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"a gated unit takes at least 1 token at once, got {tokens}: raise it, or give None")
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.chunk = tokens
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:
@@ -290,8 +317,8 @@ def _check_shard(
     expected = (shard.rows, len(shard.tokens))
     if tuple(x.shape[:2]) != expected or position_ids is None:
         raise ValueError(
-            f"a shard of {expected[0]} rows with {expected[1]} tokens each needs so many input_ids, and position_ids, got "
-            f"{tuple(x.shape[:2])} and {'none' if position_ids is None else tuple(position_ids.shape)}"
+            f"a shard of {expected[0]} rows with {expected[1]} tokens each needs so many input_ids, and position_ids, "
+            f"got {tuple(x.shape[:2])} and {'none' if position_ids is None else tuple(position_ids.shape)}"
         )
     if use_cache or attention_mask is not None or documents is not None:
         raise ValueError("with a shard there is no cache and no mask, and documents are given to the shard itself")

@@ -36,7 +36,7 @@ def sdpa_attention(
     T, S = q.shape[1], k.shape[1]
     if key_padding_mask is None and causal and T == S:
         return _fused(q, k, v, None, True, scale)
-    if key_padding_mask is None and causal and 1 < T and T * S > _MASK_ELEMENTS:
+    if key_padding_mask is None and causal and T > 1 and T * S > _MASK_ELEMENTS:
         return _last_queries(q, k, v, scale)
     mask = visible(T, S, q.device, causal, key_padding_mask, None)
     return _fused(q, k, v, None if mask is None else mask[:, None], False, scale)

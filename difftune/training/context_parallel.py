@@ -62,7 +62,6 @@ def split_batch(batch: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dic
         raise ValueError(f"a batch with {', '.join(unknown)} cannot be shared: set trainer.context_parallel_size=1")
     ids, labels = batch["input_ids"], batch["labels"]
     rows, length = ids.shape
-    size = dist.get_world_size(group)
     mask = batch.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError("rows that are padded on the left cannot be shared: pad on the right, or pack documents")
@@ -71,7 +70,7 @@ def split_batch(batch: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dic
         if "cu_seqlens" in batch:
             raise ValueError("packed rows need position_ids to be shared")
         positions = torch.arange(length, device=ids.device).expand(rows, length)
-    targets = shift_labels(labels)
+    targets, size = shift_labels(labels), dist.get_world_size(group)
     documents = Documents(batch["cu_seqlens"]) if "cu_seqlens" in batch else None
     if documents is None and (missing := -length % (2 * size)):
         # Behind every real token, so that none of them sees it.

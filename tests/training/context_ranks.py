@@ -1,13 +1,10 @@
-"""Rows shared by 2 ranks, and by 2 times 2: losses and gradients that a test compares with those of one process."""
+"""Rows shared by 2 of 4 ranks, and by all 4: losses and gradients that a test compares with those of one process."""
 
-import os
-import socket
-import sys
-import traceback
 from pathlib import Path
 
 import torch
 from lightning.pytorch import seed_everything
+from torch.distributed.tensor import DTensor
 
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
@@ -15,7 +12,8 @@ from difftune.data.tokenizers import build_tokenizer
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.context_parallel import build_context_group, split_batch
 from difftune.training.finetune import FinetuneModule
-from tests.training.toy import build_trainer, parameters
+from difftune.training.strategies import build_strategy
+from tests.training.toy import build_trainer
 
 KINDS = ("diff_v1", "diff_v2", "softmax")
 LENGTH = 48
@@ -36,7 +34,8 @@ def build_model(kind, checkpointing=False):
     )
     model = DiffTransformerForCausalLM(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.chunk_mlp(5)
     return model
 
 
@@ -70,14 +69,13 @@ def loss_and_gradients(kind, packed, group=None, checkpointing=False):
     return torch.cat([output.loss_sum.detach()[None], output.num_label_tokens[None].float(), gradients])
 
 
-def train(packing, context_parallel_size=1, devices=1):
+def train(packing, strategy="auto", devices=1, context_parallel_size=1):
     """Parameters after three optimiser steps of the real data module and trainer, and what was logged."""
-    tokenizer = build_tokenizer("digits")
     data = SFTDataModule(
-        tokenizer=tokenizer,
+        tokenizer=build_tokenizer("digits"),
         train=[Source("synthetic:arithmetic", options={"count": 200})],
         seq_len=64,
-        micro_batch_size=4 if devices == context_parallel_size else 2,
+        micro_batch_size=4 * context_parallel_size // devices,
         packing=packing,
         context_parallel_size=context_parallel_size,
     )
@@ -86,21 +84,23 @@ def train(packing, context_parallel_size=1, devices=1):
         max_steps=3,
         max_epochs=1,
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=build_strategy(strategy, devices=devices),
         accumulate_grad_batches=2,
         log_every_n_steps=1,
     )
     trainer.fit(module, data)
     logged = {name: module.logged[name] for name in ("train/loss", "train/grad_norm", "train/label_tokens")}
-    rows = data.state_dict()["rows_consumed"]
-    return parameters(module.model), {**logged, "tokens": module.tokens_seen, "rows": rows}
+    counted = {"tokens": module.tokens_seen, "rows": data.state_dict()["rows_consumed"]}
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole]), logged, counted
 
 
-def compare(folder, world_size):
+def main(arguments):
     results = {}
-    for packing in (True, False):
-        results["train", packing] = train(packing, 2, world_size)
-    for size in (2, 4)[: world_size // 2]:
+    for strategy in ("ddp", "fsdp"):
+        for packing in (True, False):
+            results["train", strategy, packing] = train(packing, strategy, devices=4, context_parallel_size=2)
+    for size in (2, 4):
         group = build_context_group(size)
         for kind in KINDS:
             for packed in (True, False):
@@ -109,35 +109,5 @@ def compare(folder, world_size):
                     torch.distributed.all_reduce(total, group=group)
                     results[size, kind, packed, checkpointing] = total
     if torch.distributed.get_rank() == 0:
-        torch.save(results, folder / f"{world_size}.pt")
+        torch.save(results, Path(arguments[0]) / "results.pt")
     torch.distributed.destroy_process_group()
-
-
-def launch(folder, world_size):
-    """Fork so many ranks, which pays for the imports once, and set them up as torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-        os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        try:
-            compare(folder, world_size)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    failed = [rank for rank, child in enumerate(children) if os.waitpid(child, 0)[1]]
-    assert not failed, f"ranks {failed} of {world_size} failed"
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for size in (2, 4):
-        launch(Path(sys.argv[1]), size)
