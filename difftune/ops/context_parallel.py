@@ -1,10 +1,10 @@
 """Attention of long rows whose tokens are spread over several processes.
 
 A row of T tokens is cut into ``2 n`` chunks for n processes, and process i holds the chunks ``i`` and ``2 n - 1 - i``:
-a chunk near the end sees many keys, one near the beginning few, so that every process has the same work under the causal
-mask. All but attention is done token by token and needs nothing of the others. Attention gathers the keys and values of
-the whole row, once a layer, and in the backward pass adds up the gradients that every process has for them and hands
-each its own.
+a chunk near the end sees many keys, one near the beginning few, so that every process has the same work under the
+causal mask. All but attention is done token by token and needs nothing of the others. Attention gathers the keys and
+values of the whole row, once a layer, and in the backward pass adds up the gradients that every process has for them
+and hands each its own.
 
 Queries are then attended a piece at a time. A piece is what a chunk holds of one document. Those that begin in the
 chunk are packed documents as everywhere; one that began earlier is a block of queries at the end of its keys, which is

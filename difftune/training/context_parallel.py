@@ -9,6 +9,7 @@ over all processes is that of the whole.
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import distributed as dist
 
 from difftune.modeling.modeling import shift_labels
@@ -23,6 +24,15 @@ def require_divisible(size: int, world_size: int) -> None:
         raise ValueError(
             f"trainer.context_parallel_size={size} must divide the number of processes, which is {world_size}: start "
             f"a multiple of {size}, or set it to 1"
+        )
+
+
+def require_whole_products(strategy: Strategy) -> None:
+    """Raise ValueError under tensor parallelism, whose ranks need the same tokens."""
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "trainer.context_parallel_size does not go with tensor parallelism: the devices that share a product need "
+            "the same tokens; set one of the two sizes to 1"
         )
 
 

@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig
 from difftune.modeling.adapters import file_key
 from difftune.modeling.lambdas import WARMUP_STEP
 from difftune.training.adapter_state import check_adapter
-from difftune.training.context_parallel import build_context_group, split_batch
+from difftune.training.context_parallel import build_context_group, require_whole_products, split_batch
 from difftune.training.gradients import rescale_and_clip_
 from difftune.training.loggers import MetricsLogger, is_log_step
 from difftune.training.optim import (
@@ -159,6 +159,7 @@ class FinetuneModule(LightningModule):
         if trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm == "value":
             raise ValueError("gradient_clip_algorithm=value is not supported: gradients are clipped by their norm")
         if self.context_parallel_size > 1:
+            require_whole_products(trainer.strategy)
             self._context_group = build_context_group(self.context_parallel_size)
         self.model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps that
         for logger in trainer.loggers:

@@ -12,7 +12,7 @@ from difftune.data.tokenizers import build_tokenizer
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.context_parallel import build_context_group, split_batch
 from difftune.training.finetune import FinetuneModule
-from difftune.training.strategies import build_strategy
+from difftune.training.strategies import FSDP2Strategy, build_strategy
 from tests.training.toy import build_trainer
 
 KINDS = ("diff_v1", "diff_v2", "softmax")
@@ -108,6 +108,13 @@ def main(arguments):
                     total = loss_and_gradients(kind, packed, group, checkpointing)
                     torch.distributed.all_reduce(total, group=group)
                     results[size, kind, packed, checkpointing] = total
+    tensor_parallel = FSDP2Strategy(data_parallel_size=2, tensor_parallel_size=2)
+    module = FinetuneModule(build_model("diff_v1"), lr=1e-3, total_steps=1, context_parallel_size=2)
+    trainer = build_trainer(max_steps=1, max_epochs=1, devices=4, strategy=tensor_parallel)
+    try:
+        trainer.fit(module, train_dataloaders=[])
+    except ValueError as error:
+        results["tensor parallel"] = str(error)
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(arguments[0]) / "results.pt")
     torch.distributed.destroy_process_group()

@@ -62,6 +62,10 @@ def test_what_cannot_be_shared_is_refused():
         split_batch({**batch, "attention_mask": batch["attention_mask"].flip(1)}, None)
 
 
+def test_tensor_parallel_ranks_cannot_have_different_tokens(shared):
+    assert "does not go with tensor parallelism" in shared["tensor parallel"]
+
+
 def test_processes_must_divide_into_groups():
     require_divisible(2, 4)
     with pytest.raises(ValueError, match=r"context_parallel_size=2 must divide the number of processes, which is 3"):
