@@ -1,6 +1,8 @@
 """From a config to objects: tokenizer, model, data, module, tasks, Trainer."""
 
 import logging
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from difftune.build_scale import build_fresh_skeleton, build_stage_strategy, build_stored_skeleton
 from difftune.checkpoints.adapters import base_of_adapter, describe_config, load_adapter
-from difftune.checkpoints.load import load_model, load_teacher
+from difftune.checkpoints.load import load_model, load_teacher, read_architecture
+from difftune.checkpoints.sharded import StoredWeights, fill_model, weightless_projections
 from difftune.config import Config, EvaluationConfig, ModelConfig, StageConfig
 from difftune.config_checks import task_defaults
 from difftune.data.datamodule import SFTDataModule
@@ -27,6 +31,7 @@ from difftune.evaluation.task import Task
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
+from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
 from difftune.run_folder import RunFolder
 from difftune.training.callbacks import LambdaMonitor, RichProgress, Throughput
@@ -37,7 +42,6 @@ from difftune.training.flops import ModelFlops
 from difftune.training.lambda_warmup import LambdaWarmup
 from difftune.training.loggers import build_loggers
 from difftune.training.preemption import Preemption
-from difftune.training.strategies import build_strategy
 from difftune.training.teachers import OnlineTeacher
 
 log = logging.getLogger(__name__)
@@ -73,6 +77,11 @@ def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
+def build_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
+    """The architecture of the model to train, of which no weight is read."""
+    return fresh_architecture(config, tokenizer) if config.path is None else read_architecture(config.path)
+
+
 def build_model(
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -80,6 +89,7 @@ def build_model(
     *,
     start_from: Path | None = None,
     device: str = "cpu",
+    sharded: bool = False,
 ) -> DiffTransformerForCausalLM:
     """The model to train.
 
@@ -89,6 +99,7 @@ def build_model(
         seed: Of the weights of a fresh model.
         start_from: Checkpoint of an earlier stage. None: `config.path`, else a fresh model.
         device: "meta" builds a fresh model without weights.
+        sharded: Build it on the meta device; its attribute `weights_on_disk` fills it once it has been sharded.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model's embedding.
@@ -96,7 +107,8 @@ def build_model(
     dtype = getattr(torch, config.dtype)
     path = start_from or config.path
     if path is not None:
-        model = load_model(path, dtype=dtype, attention_backend=config.attention_backend)
+        load = build_stored_skeleton if sharded else load_model
+        model = load(path, dtype=dtype, attention_backend=config.attention_backend)
         given = config.architecture()
         context = {name: given[name] for name in ("max_position_embeddings", "rope_parameters") if name in given}
         if context:
@@ -104,6 +116,8 @@ def build_model(
         # A later stage goes on with the warm-up that the first one began.
         if config.lambda_warmup_steps is not None and start_from is None:
             model.warm_up_lambda(config.lambda_warmup_steps)
+    elif sharded:
+        model = build_fresh_skeleton(fresh_architecture(config, tokenizer), dtype, seed)
     else:
         seed_everything(seed, verbose=False)
         with torch.device(device):
@@ -117,8 +131,7 @@ def build_model(
     if config.quantization is not None:
         log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:
-        # transformers 5.23 renames it; 5.17 has the old name only.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        recompute_blocks(model, every=config.gradient_checkpointing_every)
     model.chunk_mlp(config.mlp_chunk)
     return model
 
@@ -138,13 +151,15 @@ def build_adapter(
     """
     if config.adapter is None:
         return None
-    if start_from is not None:
-        return load_adapter(model, start_from, trainable=True)
-    seed_everything(config.seed, verbose=False)
-    try:
-        adapted = add_adapter(model, AdapterSettings(**vars(config.adapter)))
-    except ValueError as error:
-        raise ValueError(f"adapter: {error}") from error
+    weights = getattr(model, "weights_on_disk", None)
+    with weightless_projections(model, weights) if isinstance(weights, StoredWeights) else nullcontext():
+        if start_from is not None:
+            return load_adapter(model, start_from, trainable=True)
+        seed_everything(config.seed, verbose=False)
+        try:
+            adapted = add_adapter(model, AdapterSettings(**vars(config.adapter)))
+        except ValueError as error:
+            raise ValueError(f"adapter: {error}") from error
     # Found again from wherever the adapter is loaded; a hub id stays one.
     path = Path(str(config.model.path)).expanduser()
     model.config._name_or_path = str(path.absolute()) if path.exists() else str(config.model.path)
@@ -224,12 +239,15 @@ def build_module(
         model: To be trained.
         data: The stage's data.
         tokenizer: The student's, for a teacher to be compared with.
-        world_size: Number of processes. One alone, as in a dry run, has whole rows to itself.
+        world_size: Number of processes that have batches of their own, or share them as contexts. One alone, as in a
+            dry run, has whole rows to itself.
         adapted: The model with its adapter, if it has one.
     """
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}
     options["adapter_config"] = None if adapted is None else describe_config(adapted)
     options["total_steps"] = total_steps(stage, data, world_size)
+    if (weights := getattr(model, "weights_on_disk", None)) is not None:
+        options["load_weights"] = partial(fill_model, weights=weights)
     distill = stage.distill
     if distill.teacher is None:
         shared = stage.trainer.context_parallel_size if world_size > 1 else 1
@@ -318,7 +336,7 @@ def build_trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=build_strategy(options.strategy),
+        strategy=build_stage_strategy(stage),
         precision=options.precision,  # type: ignore[arg-type]  # the config allows four of Lightning's names
         max_steps=options.max_steps,
         # The data module holds the epochs: the Trainer sees one stream.

@@ -16,9 +16,11 @@ from typing import Any
 from difftune.config_adapter import AdapterConfig
 from difftune.config_field import key as _key
 from difftune.config_long import UpsampleConfig
+from difftune.config_scale import FsdpConfig
 from difftune.tasks.base import TaskConfig
 
-RUN_TIME_MODEL_KEYS = ("path", "attention_backend", "dtype", "quantization", "gradient_checkpointing", "mlp_chunk")
+_RUN_TIME = "path attention_backend dtype quantization gradient_checkpointing gradient_checkpointing_every mlp_chunk"
+RUN_TIME_MODEL_KEYS = tuple(_RUN_TIME.split())
 """Keys of `model` that do not describe the architecture."""
 
 
@@ -84,9 +86,10 @@ class ModelConfig:
     An adapter is trained beside them. null: plain weights."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing_every: int = _key(1, low=1)
+    """With gradient_checkpointing: recompute every so many-th block only; the others keep what they need."""
     mlp_chunk: int | None = _key(None, low=1)
-    """Tokens that go through the gated unit at once, and again in the backward pass: its inner width then takes no
-    memory that grows with the row. null: all at once, computed once."""
+    """Tokens of the gated unit at once, computed again in the backward pass: less memory. null: all at once."""
 
     def architecture(self) -> dict[str, Any]:
         """The architecture fields that were set: keyword arguments of DiffTransformerConfig."""
@@ -205,8 +208,11 @@ class TrainerConfig:
     """How many devices, or which ones."""
     num_nodes: int = _key(1, low=1)
     """Machines."""
-    strategy: str = "auto"
-    """How the devices work together: `auto` or `ddp`."""
+    strategy: str = _key("auto", choices=("auto", "ddp", "fsdp"))
+    """How several devices work together. `ddp`: each has the whole model; `fsdp`: the model is sharded over them, and
+    loaded so; `auto`: `ddp` where weights, gradients and AdamW fill half a device at most, else `fsdp`."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """Of the strategy `fsdp`."""
     context_parallel_size: int = _key(1, low=1)
     """Devices that share every row, each with a part of its tokens; must divide their number. 1: whole rows."""
     precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))

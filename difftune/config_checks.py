@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 from difftune.config import Config, DistillConfig, EvaluationConfig, StageConfig
+from difftune.config_checks_scale import scale_problems
 from difftune.tasks.base import Defaults
 from difftune.tasks.math import MathTaskConfig
 
@@ -31,6 +32,7 @@ def cross_field_problems(config: Config, command: str) -> list[str]:
     stages = config.resolved_stages()
     problems = _model_problems(config, command)
     if command == "fit":
+        problems += scale_problems(config)
         problems += _name_problems([stage.name for stage in config.stages])
         for stage in stages:
             found = _stage_problems(config, stage) + _distill_problems(stage)
@@ -131,6 +133,11 @@ def _stage_problems(config: Config, stage: StageConfig) -> list[str]:
         problems.append(
             f"data.seq_len: {stage.data.seq_len} must be a multiple of {2 * shared}, since "
             f"trainer.context_parallel_size={shared} devices share every row head and tail"
+        )
+    if shared > 1 and trainer.fsdp.tensor_parallel_size > 1:
+        problems.append(
+            "trainer.context_parallel_size: devices that share a layer (trainer.fsdp.tensor_parallel_size) need the "
+            "same tokens; set one of the two to 1"
         )
     if shared > 1 and stage.distill.teacher is not None:
         problems.append(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.build import (
     build_adapter,
+    build_architecture,
     build_data,
     build_model,
     build_module,
@@ -20,6 +21,7 @@ from difftune.build import (
     build_trainer,
     fresh_architecture,
 )
+from difftune.build_scale import is_sharded, settle_strategies
 from difftune.checkpoints.adapters import load_with_base, save_adapter
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
@@ -67,9 +69,10 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         _dry_run(config, tokenizer)
         return 0
 
+    recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
     folder = RunFolder(config.run_dir)
     if is_first_rank():
-        folder.open(to_yaml(config), may_go_on=config.resume != "never")
+        folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
         tokenizer.save_pretrained(folder.path / "tokenizer")
     stages = config.resolved_stages()
     model: DiffTransformerForCausalLM | None = None
@@ -84,7 +87,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
             if model is None:
                 # With an adapter, a checkpoint holds the adapter alone.
                 whole = before if config.adapter is None else None
-                model = build_model(config.model, tokenizer, config.seed, start_from=whole)
+                model = build_model(config.model, tokenizer, config.seed, start_from=whole, sharded=is_sharded(config))
                 counts = count_parameters(model)
                 kind = model.config.attention
                 say(f"{kind}: {counts['total']:,} parameters, {counts['lambda']:,} of them lambda")
@@ -222,7 +225,8 @@ def _train(
         console=console,
     )
     require_divisible(stage.trainer.context_parallel_size, trainer.world_size)
-    module = build_module(stage, model, data, tokenizer, trainer.world_size, adapted=adapted)
+    replicas = trainer.world_size // stage.trainer.fsdp.tensor_parallel_size
+    module = build_module(stage, model, data, tokenizer, replicas, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)
     if preemption.exit_code is None and trainer.is_global_zero:
         folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))

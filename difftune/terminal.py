@@ -27,6 +27,10 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 with torch 2.13; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # PEFT asks transformers by an old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
+    # How torch exchanges shards of two dimensions; nothing that a user could change either.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
 
 

@@ -24,6 +24,12 @@ def test_packed_rows_must_be_cut_evenly():
     assert load_config(None, [*shared, "data.seq_len=1026", "data.packing=false"])
 
 
+def test_devices_that_share_a_layer_do_not_share_rows():
+    both = ["trainer.context_parallel_size=2", "trainer.strategy=fsdp", "trainer.fsdp.tensor_parallel_size=2"]
+    with pytest.raises(ValueError, match=r"set one of the two to 1"):
+        load_config(None, [*BASE, *both])
+
+
 def test_rows_that_a_teacher_reads_are_not_shared():
     with pytest.raises(ValueError, match="2 devices cannot share the rows that a teacher reads"):
         load_config(None, [*BASE, "trainer.context_parallel_size=2", "distill.teacher=big"])

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.adapter_base import describe_quantization, load_base
@@ -161,7 +162,11 @@ def load_adapter(
     adapted = add_adapter(model, config, name)
     with torch.no_grad():
         for key, tensor in saved_tensors(adapted, name).items():
-            tensor.copy_(tensors[key])
+            if tensor.is_meta:
+                given = tensors[key].to(tensor.dtype, copy=True)
+                torch.utils.swap_tensors(tensor, nn.Parameter(given) if isinstance(tensor, nn.Parameter) else given)
+            else:
+                tensor.copy_(tensors[key])
     activate_adapter(adapted, name, trainable=trainable)
     return adapted
 
@@ -245,13 +250,16 @@ def base_record(model: torch.nn.Module) -> dict[str, Any]:
     no hashes.
 
     Args:
-        model: The base, or with adapters on it.
+        model: The base, or with adapters on it. The weights of one that has the attribute ``weights_on_disk`` are
+            read from there: it is sharded, or not loaded yet.
     """
     config: Any = model.config
     architecture = json.loads(json.dumps({field: getattr(config, field) for field in _COMPARED}))
     fixed, projections = hashlib.sha256(), hashlib.sha256()
+    on_disk: Any = getattr(model, "weights_on_disk", {})
     comparable, quantization = False, quantization_of(model) or getattr(model, "dequantized_from", None)
-    for name, tensor in sorted(base_tensors(model).items()):
+    for name, held in sorted(base_tensors(model).items()):
+        tensor = on_disk[name].to(held.dtype) if name in on_disk else held
         is_projection = name.endswith("_proj.weight") and "lambda_full" not in name
         if is_projection and not tensor.is_floating_point():
             continue

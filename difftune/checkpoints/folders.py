@@ -165,6 +165,11 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the checkpoint is damaged, or holds no weights of a model.
     """
+    return {name: tensor.clone() for name, tensor in map_training_weights(folder).items()}
+
+
+def map_training_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """As :func:`read_training_weights`, but the tensors are mapped: what is used of them is read then."""
     path = folder / TRAINING_WEIGHTS
     listed = read_json(folder / "manifest.json").get("files", {}).get(TRAINING_WEIGHTS, {})
     digest = hashlib.sha256()
@@ -175,9 +180,7 @@ def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is not what its manifest.json says: the checkpoint is damaged, take another")
     # Mapped, so that the optimiser's state, twice the weights, is not read; weights_only, so that no code runs.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
-    tensors = {
-        name.removeprefix("model."): tensor.clone() for name, tensor in state.items() if name.startswith("model.")
-    }
+    tensors = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     if not tensors:
         raise ValueError(f"{path} holds no weights of a model")
     return tensors

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
-from difftune.checkpoints.diffllama import load_diffllama
+from difftune.checkpoints.diffllama import config_from_diffllama, load_diffllama
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
     check_tensors,
@@ -55,27 +55,62 @@ def load_model(
     Example:
         >>> model = load_model("runs/quickstart/export")  # doctest: +SKIP
     """
+    folder, kind = find_model(path_or_hub_id)
+    if kind == "adapter":
+        model = _load_merged(folder, dtype, attention_backend)
+    elif kind == "diffllama":
+        model = load_diffllama(folder, dtype=dtype, attention_backend=attention_backend or "auto")
+    else:
+        model = _load_difftune(folder, dtype, attention_backend)
+    model.config._name_or_path = str(path_or_hub_id)
+    return model
+
+
+def read_architecture(path_or_hub_id: str | Path) -> DiffTransformerConfig:
+    """The architecture of a model that :func:`load_model` reads; of an adapter, that of its base.
+
+    Args:
+        path_or_hub_id: As there.
+
+    Raises:
+        ValueError: As there.
+    """
+    folder, kind = find_model(path_or_hub_id)
+    if kind == "adapter":
+        from difftune.checkpoints.adapters import adapter_base
+
+        return read_architecture(adapter_base(folder))
+    if kind == "diffllama":
+        return config_from_diffllama(read_config(folder, DiffLlamaConfig))
+    return read_config(folder, DiffTransformerConfig)
+
+
+def find_model(path_or_hub_id: str | Path) -> tuple[Path, str]:
+    """Find a model that :func:`load_model` reads, and say what it is.
+
+    Args:
+        path_or_hub_id: As there.
+
+    Returns:
+        Its folder, and ``adapter``, ``diffllama`` or ``difftune``.
+
+    Raises:
+        ValueError: If nothing is there, or it is of another format (named, with the list of readable ones).
+    """
     path = Path(path_or_hub_id).expanduser()
     if path.is_file() and path.suffix in (*STATE_DICT_SUFFIXES, ".gguf"):
         raise ValueError(f"{path} is a file, and models are loaded from folders: {_how_to_convert(path)}")
     folder = resolve_folder(path_or_hub_id)
     if (folder / ADAPTER_CONFIG).is_file():
-        model = _load_merged(folder, dtype, attention_backend)
-        model.config._name_or_path = str(path_or_hub_id)
-        return model
+        return folder, "adapter"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json{_what_it_is(folder)}; {_READABLE}")
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type == "diffllama":
-        model = load_diffllama(folder, dtype=dtype, attention_backend=attention_backend or "auto")
-    elif model_type == "difftune":
-        model = _load_difftune(folder, dtype, attention_backend)
-    else:
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    if model_type not in _OUR_TYPES:
         foreign = model_type == UNILM_MODEL_TYPE or model_type in FAMILIES
-        what_to_do = _how_to_convert(path_or_hub_id, str(model_type)) if foreign else _READABLE
+        what_to_do = _how_to_convert(path_or_hub_id, model_type) if foreign else _READABLE
         raise ValueError(f"{folder} holds model_type {model_type!r}, which is not readable; {what_to_do}")
-    model.config._name_or_path = str(path_or_hub_id)
-    return model
+    return folder, model_type
 
 
 def load_teacher(path_or_hub_id: str, dtype: torch.dtype | None = None) -> PreTrainedModel:

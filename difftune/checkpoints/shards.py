@@ -57,6 +57,13 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """``self[name][index]``, of which nothing else is read; without an index, a tensor of no axes."""
+        if self._pickled is not None or not index:
+            return self[name][index]
+        with _opened(self._files[name]) as file:
+            return file.get_slice(name)[index]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 

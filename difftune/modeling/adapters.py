@@ -153,6 +153,19 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def base_name(parameter_name: str) -> str | None:
+    """The name, without adapters, of the weight that a parameter is or begins as; None for LoRA, which begins anew.
+
+    Example:
+        >>> base_name("model.layers.0.self_attn.lambda_full.modules_to_save.default.lambda_q1")
+        'model.layers.0.self_attn.lambda_full.lambda_q1'
+    """
+    if ".lora_" in parameter_name:
+        return None
+    plain = parameter_name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    return re.sub(r"\.modules_to_save\.\w+\.", ".", plain)
+
+
 def lora_layers(model: nn.Module, name: str) -> dict[str, Any]:
     """PEFT's layers that hold LoRA of the adapter ``name``, by the name of the projection without PEFT."""
     return {

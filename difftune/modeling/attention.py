@@ -28,6 +28,8 @@ class AttentionContext(NamedTuple):
 class Attention(nn.Module):
     """What the three kinds share: value and output projections, optional q/k norm, the cache.
 
+    Heads are counted in what the projections return: under tensor parallelism these are the heads of this rank.
+
     Args:
         config: The architecture.
         layer_idx: Layer, counted from 0.
@@ -102,7 +104,7 @@ class DiffAttentionV1(Attention):
         """Hidden states ``(B, T, C)`` to ``(B, T, C)``."""
         q_BTHPD = self._pair(self.q1_proj(x), self.q2_proj(x))
         k_BTGPD = self._pair(self.k1_proj(x), self.k2_proj(x))
-        v_BTGE = self.v_proj(x).unflatten(-1, (self.num_kv_groups, self.value_head_dim))
+        v_BTGE = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
         q_BTHPD = rotate(self.q_norm(q_BTHPD), *context.rotary)
         k_BTGPD = rotate(self.k_norm(k_BTGPD), *context.rotary)
         # The cache holds K1 and K2 of a group side by side: as wide as V, so that every kind of cache takes both.
@@ -136,8 +138,8 @@ class DiffAttentionV2(Attention):
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Hidden states ``(B, T, C)`` to ``(B, T, C)``."""
         q_BTHPD = torch.stack([p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q1_proj, self.q2_proj)], dim=3)
-        k_BTGD = self.k_proj(x).unflatten(-1, (self.num_kv_groups, self.head_dim))
-        v_BTGE = self.v_proj(x).unflatten(-1, (self.num_kv_groups, self.value_head_dim))
+        k_BTGD = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v_BTGE = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
         q_BTHPD = rotate(self.q_norm(q_BTHPD), *context.rotary)
         k_BSGD, v_BSGE = self._cached(rotate(self.k_norm(k_BTGD), *context.rotary), v_BTGE, context.cache)
         out_BTHE = self._attend(diff_attention, context, q_BTHPD, k_BSGD.unsqueeze(3), v_BSGE, self.lambda_full(x))
@@ -154,9 +156,9 @@ class SoftmaxAttention(Attention):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Hidden states ``(B, T, C)`` to ``(B, T, C)``."""
-        q_BTND = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
-        k_BTMD = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_groups, self.head_dim)))
-        v_BTMD = self.v_proj(x).unflatten(-1, (self.num_kv_groups, self.value_head_dim))
+        q_BTND = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+        k_BTMD = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        v_BTMD = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
         k_BSMD, v_BSMD = self._cached(rotate(k_BTMD, *context.rotary), v_BTMD, context.cache)
         out_BTND = self._attend(softmax_attention, context, rotate(q_BTND, *context.rotary), k_BSMD, v_BSMD)
         return self.o_proj(out_BTND.flatten(2))

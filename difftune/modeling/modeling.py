@@ -301,6 +301,19 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         return attention_mask
 
 
+def recompute_blocks(model: DiffTransformerForCausalLM, *, every: int = 1) -> None:
+    """Recompute blocks in the backward pass instead of keeping their activations, in place.
+
+    Args:
+        model: The model.
+        every: Of so many blocks the first is recomputed; 1 is all of them.
+    """
+    # transformers 5.23 renames it; 5.17 has the old name only.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    for index, layer in enumerate(model.model.layers):
+        layer.gradient_checkpointing = index % every == 0
+
+
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Labels ``(B, T)`` moved to where they are predicted: ``t`` gets that of ``t + 1``, the last none (-100)."""
     return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)

@@ -63,7 +63,7 @@ class Throughput(Callback):
             "perf/peak_memory_gib": peak_memory_gib(module.device),
         }
         if self.flops is not None and self.peak_flops_per_s is not None:
-            work = self.flops.of_training(tokens, labels, float(self._attended) * trainer.world_size)
+            work = self.flops.of_training(tokens, labels, float(self._attended) * module.num_replicas)
             metrics["perf/mfu"] = work / seconds / (self.peak_flops_per_s * trainer.world_size)
         module.log_metrics(metrics, step)
         self._watch(module, step)

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from difftune.training.optim import (
     build_schedule,
     reset_hyperparameters,
 )
-from difftune.training.sharding import average_replicated_gradients
+from difftune.training.sharding import finish_gradients
 from difftune.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class FinetuneModule(LightningModule):
             of the weights those that are trained alone. None: the whole model.
         context_parallel_size: Processes that share the rows of a micro-batch, each with a part of their tokens. The
             data must give all of them the same rows.
+        load_weights: Called with the model and ``device`` when the strategy has sharded it, to fill what is on the meta
+            device. None: the model has its weights.
 
     Raises:
         ValueError: If ``max_nonfinite_steps`` is below 1; at set-up, if the Trainer's precision or clipping
@@ -111,6 +114,7 @@ class FinetuneModule(LightningModule):
         max_nonfinite_steps: int = 5,
         adapter_config: dict[str, Any] | None = None,
         context_parallel_size: int = 1,
+        load_weights: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
         if max_nonfinite_steps < 1:
@@ -140,13 +144,15 @@ class FinetuneModule(LightningModule):
         self._skipped_in_a_row = 0
         self._loss_divisor: int | None = None
         self._resumed = False
-        self._replicated: list[nn.Parameter] = []
+        self._load_weights = load_weights
 
     def configure_model(self) -> None:
         """Shard the model, where the strategy does; a second call changes nothing."""
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
-            self._replicated = strategy.shard(self.model)
+            strategy.shard(self.model)
+            if self._load_weights is not None:
+                self._load_weights(self.model, device=strategy.weights_device)
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer settings that would not do what they say; put the model into train mode."""
@@ -171,7 +177,12 @@ class FinetuneModule(LightningModule):
         groups = build_parameter_groups(
             self.model, lr=self.lr, weight_decay=self.weight_decay, lambda_lr=self.lambda_lr
         )
-        optimizer = build_optimizer(groups, betas=self.betas, eps=self.eps, fused=self._scaler is None)
+        # Layers that are divided over ranks lie on another mesh than the rest: fused kernels take one mesh.
+        is_divided = self.num_replicas < self.trainer.world_size
+        fused = self._scaler is None and not is_divided
+        optimizer = build_optimizer(
+            groups, betas=self.betas, eps=self.eps, fused=fused, foreach=False if is_divided else None
+        )
         self._groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         self._scheduler = build_schedule(
@@ -195,7 +206,8 @@ class FinetuneModule(LightningModule):
                 log.warning("resumed with another setting than the checkpoint's: %s", change)
         elif self.trainer.world_size > 1:
             # Seeded alike, the ranks would drop out the same positions of different rows.
-            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
+            # Those that share each layer have one batch, and must.
+            torch.manual_seed(torch.initial_seed() + self._sampling("rank", 0))
         self.clock = time.perf_counter()
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -210,8 +222,7 @@ class FinetuneModule(LightningModule):
             self._loss_divisor = 2 ** int(math.log2(size))
         loss_sum, num_label_tokens = self.compute_loss(batch)
         self._window += torch.stack((loss_sum.detach().to(self._dtype), num_label_tokens.to(self._dtype)))
-        replicas = self.trainer.world_size // self.context_parallel_size
-        self.tokens_seen += batch["input_ids"].numel() * replicas
+        self.tokens_seen += batch["input_ids"].numel() * (self.num_replicas // self.context_parallel_size)
         return loss_sum / self._loss_divisor
 
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,12 +247,12 @@ class FinetuneModule(LightningModule):
             self._window /= self.trainer.world_size
         loss_sum, labels = self._window.unbind()
         if isinstance(self.trainer.strategy, FSDP2Strategy):
-            average_replicated_gradients(self._replicated, self.trainer.strategy.device_mesh["data_parallel"])
+            finish_gradients(self.model, self.trainer.strategy.device_mesh)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         assert self._loss_divisor is not None
         norm = rescale_and_clip_(gradients, self._loss_divisor / labels, gradient_clip_val)
         bad = ~(norm.isfinite() & loss_sum.isfinite() & (labels > 0))
-        labels = labels * self.trainer.world_size
+        labels = labels * self.num_replicas
         self._last_step = torch.stack((loss_sum / self._window[1], norm.to(self._dtype), labels))
         self._window = torch.zeros_like(self._window)
 
@@ -354,6 +365,15 @@ class FinetuneModule(LightningModule):
             )
         if self.trainer.is_global_zero:
             log.warning("%s", message)
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that have batches of their own: all of them, unless some share each layer."""
+        return self._sampling("num_replicas", 1)
+
+    def _sampling(self, key: str, alone: int) -> int:
+        kwargs = self.trainer.distributed_sampler_kwargs
+        return alone if kwargs is None else int(kwargs[key])
 
     @property
     def _scaler(self) -> Any:

@@ -17,8 +17,9 @@ def rescale_and_clip_(
     reading the gradients a third time and without waiting for the device.
 
     Args:
-        gradients: At least one tensor; sharded ones (DTensor) count with all their shards.
-        scale: Scalar tensor on the device of the gradients.
+        gradients: At least one tensor; sharded ones (DTensor) count with all their shards. They may be on several
+            devices, where some are kept on the host.
+        scale: Scalar tensor.
         max_norm: Largest 2-norm over all gradients together. None: no clipping.
 
     Returns:
@@ -30,14 +31,19 @@ def rescale_and_clip_(
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
     assert gradients, "an optimiser step needs at least one gradient"
-    norm = _total_norm(gradients)
+    norm = _total_norm(gradients).to(scale.device)
     # In bfloat16 the factor itself would be off by up to 0.4%.
     dtype = torch.promote_types(norm.dtype, torch.float32)
     norm = norm.to(dtype) * scale.to(dtype)
     factor = scale.to(dtype)
     if max_norm is not None:
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        by_device.setdefault(local.device, []).append(local)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, factor.to(device))
     return norm
 
 

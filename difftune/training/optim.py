@@ -57,7 +57,12 @@ def build_parameter_groups(
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, fused: bool = True
+    groups: list[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    fused: bool = True,
+    foreach: bool | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over ``groups``: one fused kernel where the devices of the parameters have it.
 
@@ -66,12 +71,14 @@ def build_optimizer(
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         fused: False keeps to the plain implementation, which a gradient scaler (float16) needs for clipping.
+        foreach: False takes one parameter at a time. None: torch's choice, where it is not fused.
 
     Returns:
         The optimiser.
     """
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused and devices <= _FUSED_DEVICES)
+    fused = fused and devices <= _FUSED_DEVICES
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else foreach)
 
 
 def lr_factor(step: int, *, warmup_steps: int, total_steps: float, schedule: Schedule, min_lr_ratio: float) -> float:

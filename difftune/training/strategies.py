@@ -1,14 +1,21 @@
 """How several devices train together."""
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
+import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from difftune.training.sharding import shard_model
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 """Names of strategies."""
+
+FILL = 0.5
+"""Share of a device that weights, gradients and optimiser may take with `ddp`; the rest is for activations."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -18,24 +25,117 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         data_parallel_size: Ranks over which batches are split and the model is sharded.
-        tensor_parallel_size: Ranks that share each matrix product.
-        sharding: Options of :func:`~difftune.training.sharding.shard_model`.
+        tensor_parallel_size: Ranks that share each layer.
+        cpu_offload: As of :func:`~difftune.training.sharding.shard_model`.
+        sharding: Its other options.
     """
 
-    def __init__(self, data_parallel_size: int, tensor_parallel_size: int = 1, **sharding: Any) -> None:
+    def __init__(
+        self, data_parallel_size: int, tensor_parallel_size: int = 1, *, cpu_offload: bool = False, **sharding: Any
+    ) -> None:
         super().__init__(
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=False,
+            # Norms of gradients on the host are summed over the ranks there.
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None,
         )
-        self.sharding = sharding
+        self.cpu_offload, self.sharding = cpu_offload, sharding
 
-    def shard(self, model: nn.Module) -> list[nn.Parameter]:
+    @property
+    def weights_device(self) -> torch.device:
+        """Where this rank keeps its shards."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
+
+    def shard(self, model: nn.Module) -> None:
         """Shard a model over the ranks, as :func:`~difftune.training.sharding.shard_model` does."""
-        return shard_model(model, self.device_mesh["data_parallel"], **self.sharding)
+        shard_model(model, self.device_mesh, cpu_offload=self.cpu_offload, **self.sharding)
+
+    def model_to_device(self) -> None:
+        """Move the module to the device, but shards that stay on the host."""
+        assert self.model is not None
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        for parameter in self.model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(self.root_device)
+        for module in self.model.modules():
+            for leaf, buffer in module.named_buffers(recurse=False):
+                module._buffers[leaf] = buffer.to(self.root_device)
 
 
-def build_strategy(name: str, *, devices: int = 1, **sharding: Any) -> Strategy | str:
+class Choice(NamedTuple):
+    """A strategy by name, and why."""
+
+    name: str
+    reason: str
+
+
+def choose_strategy(devices: int, training_bytes: int, device_bytes: int) -> Choice:
+    """What ``auto`` stands for.
+
+    Args:
+        devices: How many there are, over all machines.
+        training_bytes: Weights, gradients and optimiser of the whole model.
+        device_bytes: Memory of one device.
+
+    Returns:
+        ``auto`` for one device; ``ddp`` where ``training_bytes`` are at most half of ``device_bytes``; else ``fsdp``.
+
+    Example:
+        >>> choose_strategy(8, 48 * 2**30, 80 * 2**30).name
+        'fsdp'
+    """
+    if devices == 1:
+        return Choice("auto", "one device")
+    sizes = f"{training_bytes / 2**30:.1f} GiB, {{}} half of the {device_bytes / 2**30:.1f} GiB of a device"
+    fits = training_bytes <= FILL * device_bytes
+    what = "weights, gradients and optimiser take " + sizes.format("no more than" if fits else "more than")
+    return Choice("ddp" if fits else "fsdp", what)
+
+
+def kind_of_device(accelerator: str) -> str:
+    """``cuda``, ``mps`` or ``cpu``: what a Trainer with this accelerator trains on here.
+
+    Example:
+        >>> kind_of_device("cpu")
+        'cpu'
+    """
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return here if accelerator == "auto" or here != "cpu" else "cuda"
+
+
+def count_devices(accelerator: str, devices: int | str | list[int], num_nodes: int = 1) -> int:
+    """How many devices a Trainer with these arguments uses, over all machines.
+
+    Args:
+        accelerator: As of the Trainer.
+        devices: As of the Trainer.
+        num_nodes: Machines.
+
+    Raises:
+        ValueError: If torchrun started another number of processes.
+
+    Example:
+        >>> count_devices("cpu", 2, num_nodes=3)
+        6
+    """
+    kind = AcceleratorRegistry.get(kind_of_device(accelerator))
+    found = kind.parse_devices(kind.auto_device_count() if devices == "auto" else devices)
+    count = (found if isinstance(found, int) else len(found or ())) * num_nodes
+    started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started is not None and int(started) != count:
+        raise ValueError(
+            f"torchrun started {started} processes, and trainer.devices={devices} on {num_nodes} machines makes "
+            f"{count}: set trainer.devices and trainer.num_nodes to what torchrun was given"
+        )
+    return count
+
+
+def build_strategy(name: str, *, devices: int = 1, tensor_parallel_size: int = 1, **sharding: Any) -> Strategy | str:
     """Turn a name into what ``Trainer(strategy=...)`` takes.
 
     Args:
@@ -43,18 +143,24 @@ def build_strategy(name: str, *, devices: int = 1, **sharding: Any) -> Strategy 
             model on every device; gradients live in the communication buckets, which saves a copy of them) or
             ``fsdp`` (parameters, gradients and optimiser sharded over all devices).
         devices: How many there are, over all machines.
+        tensor_parallel_size: How many of them share each layer; only of ``fsdp``.
         sharding: Options of :class:`FSDP2Strategy`; the others have none.
 
     Returns:
         A name or a strategy object.
 
     Raises:
-        ValueError: For any other name.
+        ValueError: For any other name, or if the devices do not divide into groups.
     """
     if name == "auto":
         return "auto"
     if name == "ddp":
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-    if name == "fsdp":
-        return FSDP2Strategy(data_parallel_size=devices, **sharding)
-    raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    if name != "fsdp":
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    if devices % tensor_parallel_size:
+        raise ValueError(
+            f"{devices} devices do not divide into groups of tensor_parallel_size={tensor_parallel_size}: choose a "
+            "divisor of the number of devices"
+        )
+    return FSDP2Strategy(devices // tensor_parallel_size, tensor_parallel_size, **sharding)

@@ -90,7 +90,8 @@ class ToyData(LightningDataModule):
         self.rows, self.batches, self.spoil, self.delay, self.start = rows, batches, spoil, delay, 0
 
     def train_dataloader(self):
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        sampling = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        rank, world = sampling["rank"], sampling["num_replicas"]
         stream = Stream(self.start, self.rows, self.batches, rank, world, self.spoil, self.delay)
         return DataLoader(stream, batch_size=None)
 

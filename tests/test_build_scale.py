@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from difftune import build_scale
+from difftune.build import build_architecture, build_model, build_tokenizer
+from difftune.build_scale import build_stage_strategy, is_sharded, settle_strategies
+from difftune.config import load_config
+from difftune.training.strategies import FSDP2Strategy
+from tests.conftest import ROOT
+
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+def settled(*overrides):
+    config = load_config(QUICKSTART, overrides)
+    return settle_strategies(config, build_architecture(config.model, build_tokenizer(config)))
+
+
+def names(config):
+    return [stage.trainer.strategy for stage in config.resolved_stages()]
+
+
+def test_one_device_needs_no_strategy():
+    assert names(settled()) == ["auto", "auto"]
+    assert build_stage_strategy(settled().resolved_stages()[0]) == "auto"
+
+
+@pytest.mark.parametrize(("share", "expected"), [(10.0, "ddp"), (1.0, "fsdp")])
+def test_auto_weighs_the_training_against_a_device_and_says_so(monkeypatch, caplog, share, expected):
+    config = load_config(QUICKSTART, ["trainer.devices=2"])
+    architecture = build_architecture(config.model, build_tokenizer(config))
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_scale.DiffTransformerForCausalLM(architecture).parameters())
+    monkeypatch.setattr(build_scale, "total_memory_bytes", lambda: int(2 * share * 4 * 4 * count))
+    with caplog.at_level("INFO", logger="difftune.build_scale"):
+        result = settle_strategies(config, architecture)
+    assert names(result) == [expected, expected]
+    assert f"strategy {expected} on 2 devices: weights, gradients and optimiser take" in caplog.text
+    assert is_sharded(result) == (expected == "fsdp")
+
+
+def test_what_cannot_be_sharded_is_refused_where_auto_would_shard_it(monkeypatch):
+    config = load_config(QUICKSTART, ["trainer.devices=2"])
+    architecture = build_architecture(config.model, build_tokenizer(config))
+    monkeypatch.setattr(build_scale, "total_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(build_scale, "fsdp_problems", lambda config: ["adapter.use_dora: set it to false"])
+    with pytest.raises(ValueError, match=r"strategy fsdp, for weights.*GiB(.|\n)*use_dora"):
+        settle_strategies(config, architecture)
+
+
+def test_four_bit_weights_are_replicated(monkeypatch, caplog):
+    config = load_config(QUICKSTART, ["trainer.devices=2"])
+    architecture = build_architecture(config.model, build_tokenizer(config))
+    config.model.quantization = "nf4"
+    with caplog.at_level("INFO", logger="difftune.build_scale"):
+        assert names(settle_strategies(config, architecture)) == ["ddp", "ddp"]
+    assert "4-bit weights are not sharded" in caplog.text
+
+
+def test_the_settings_of_fsdp_reach_the_strategy():
+    config = settled(
+        "trainer.strategy=fsdp",
+        "trainer.devices=4",
+        "trainer.fsdp={tensor_parallel_size: 2, param_dtype: bfloat16, reshard_after_forward: false}",
+    )
+    strategy = build_stage_strategy(config.resolved_stages()[0])
+    assert isinstance(strategy, FSDP2Strategy)
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (2, 2)
+    assert strategy.sharding == {"param_dtype": torch.bfloat16, "reduce_dtype": None, "reshard_after_forward": False}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.fsdp.tensor_parallel_size=3", "trainer.devices=2"], "2 devices do not divide into groups"),
+        (["trainer.fsdp.tensor_parallel_size=4", "trainer.devices=4"], "4 differential heads, 2 groups.*choose 1 or 2"),
+    ],
+)
+def test_devices_and_heads_that_do_not_divide_are_refused_before_anything_is_read(overrides, expected):
+    with pytest.raises(ValueError, match=expected):
+        settled("trainer.strategy=fsdp", *overrides)
+
+
+def test_a_model_to_be_sharded_is_built_without_weights():
+    config = load_config(QUICKSTART, ["trainer.strategy=fsdp", "model.dtype=bfloat16"])
+    model = build_model(config.model, build_tokenizer(config), 0, sharded=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {p.dtype for n, p in model.named_parameters() if "lambda" not in n} == {torch.bfloat16}
+    assert model.weights_on_disk.seed == 0
