@@ -22,6 +22,7 @@ from difftune.config_checks import task_defaults
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
+from difftune.data.upsampling import Upsampling
 from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.early_stop import Patience
 from difftune.evaluation.math import MathTask
@@ -117,6 +118,7 @@ def build_model(
         log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:
         recompute_blocks(model, every=config.gradient_checkpointing_every)
+    model.chunk_mlp(config.mlp_chunk)
     return model
 
 
@@ -168,6 +170,8 @@ def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
         accumulate_grad_batches=stage.trainer.accumulate_grad_batches,
         streaming=config.streaming,
         teacher=teacher_settings(stage),
+        context_parallel_size=stage.trainer.context_parallel_size,
+        upsampling=None if config.upsample is None else Upsampling(**vars(config.upsample), seed=stage.seed),
     )
 
 
@@ -187,7 +191,8 @@ def build_module(
         model: To be trained.
         data: The stage's data.
         tokenizer: The student's, for a teacher to be compared with.
-        world_size: Number of processes that have batches of their own.
+        world_size: Number of processes that have batches of their own, or share them as contexts. One alone, as in a
+            dry run, has whole rows to itself.
         adapted: The model with its adapter, if it has one.
     """
     options = vars(stage.optim) | {"betas": tuple(stage.optim.betas)}
@@ -196,7 +201,8 @@ def build_module(
     if (weights := getattr(model, "weights_on_disk", None)) is not None:
         options["load_weights"] = partial(fill_model, weights=weights)
     if stage.distill.teacher is None:
-        return FinetuneModule(model, **options)
+        shared = stage.trainer.context_parallel_size if world_size > 1 else 1
+        return FinetuneModule(model, context_parallel_size=shared, **options)
     return build_distill_module(stage, model, tokenizer, options)
 
 

@@ -17,10 +17,11 @@ from difftune.config_adapter import AdapterConfig
 from difftune.config_checkpoint import CheckpointConfig
 from difftune.config_distill import DistillConfig
 from difftune.config_field import key as _key
+from difftune.config_long import UpsampleConfig
 from difftune.config_scale import FsdpConfig
 from difftune.tasks.base import TaskConfig
 
-_RUN_TIME = "path attention_backend dtype quantization gradient_checkpointing gradient_checkpointing_every"
+_RUN_TIME = "path attention_backend dtype quantization gradient_checkpointing gradient_checkpointing_every mlp_chunk"
 RUN_TIME_MODEL_KEYS = tuple(_RUN_TIME.split())
 """Keys of `model` that do not describe the architecture."""
 
@@ -89,6 +90,8 @@ class ModelConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_every: int = _key(1, low=1)
     """With gradient_checkpointing: recompute every so many-th block only; the others keep what they need."""
+    mlp_chunk: int | None = _key(None, low=1)
+    """Tokens of the gated unit at once, computed again in the backward pass: less memory. null: all at once."""
 
     def architecture(self) -> dict[str, Any]:
         """The architecture fields that were set: keyword arguments of DiffTransformerConfig."""
@@ -139,6 +142,8 @@ class DataConfig:
     """Folder of tokenised data, keyed by content. null: `cache/` in the run folder."""
     streaming: bool = False
     """Read rows as they are needed, for sets that do not fit in memory."""
+    upsample: UpsampleConfig | None = None
+    """Long documents more often. null: every document once an epoch."""
     check: bool = True
     """Look at the first rows before training, and refuse what would be learned wrongly."""
 
@@ -184,6 +189,8 @@ class TrainerConfig:
     loaded so; `auto`: `ddp` where weights, gradients and AdamW fill half a device at most, else `fsdp`."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     """Of the strategy `fsdp`."""
+    context_parallel_size: int = _key(1, low=1)
+    """Devices that share every row, each with a part of its tokens; must divide their number. 1: whole rows."""
     precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     """Arithmetic of the training steps."""
     max_steps: int = _key(-1, low=-1)

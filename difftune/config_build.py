@@ -39,6 +39,9 @@ _KINDS = {
 Constraints = Mapping[str, Any]
 """Metadata of a field; see `difftune.config_field.key`."""
 
+_CONTEXT_KEYS = {"rope_parameters", "max_position_embeddings"}
+"""Keys of `model` that extend a model that is loaded, where nothing else of an architecture stands beside them."""
+
 _UNRESOLVED = "<unresolved>"
 _REQUIRED = "???"
 """OmegaConf's sign for a value that the user has to give."""
@@ -97,6 +100,9 @@ def _overlay(lower: Node, upper: Node) -> Node:
 def _forget_architecture(tree: Node) -> None:
     model = tree.value["model"]
     if isinstance(model.value, dict):
+        described = {key for key in model.value.keys() - set(RUN_TIME_MODEL_KEYS) if model.value[key].value is not None}
+        if described <= _CONTEXT_KEYS:
+            return
         for key in model.value.keys() - set(RUN_TIME_MODEL_KEYS):
             model.value[key] = Node(None, model.where)
 

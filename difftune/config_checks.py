@@ -128,6 +128,22 @@ def _stage_problems(config: Config, stage: StageConfig) -> list[str]:
         )
     if optim.schedule == "constant" and optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: a constant schedule does not decay; leave it out, or set another schedule")
+    shared = trainer.context_parallel_size
+    if shared > 1 and stage.data.packing and stage.data.seq_len % (2 * shared):
+        problems.append(
+            f"data.seq_len: {stage.data.seq_len} must be a multiple of {2 * shared}, since "
+            f"trainer.context_parallel_size={shared} devices share every row head and tail"
+        )
+    if shared > 1 and trainer.fsdp.tensor_parallel_size > 1:
+        problems.append(
+            "trainer.context_parallel_size: devices that share a layer (trainer.fsdp.tensor_parallel_size) need the "
+            "same tokens; set one of the two to 1"
+        )
+    if shared > 1 and stage.distill.teacher is not None:
+        problems.append(
+            f"trainer.context_parallel_size: {shared} devices cannot share the rows that a teacher reads; set it to 1, "
+            "or leave out distill.teacher"
+        )
     return problems
 
 

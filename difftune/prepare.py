@@ -198,7 +198,8 @@ def _forecast(config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizer
     devices = trainer.devices if isinstance(trainer.devices, int) else 1
     width = stats.tokens / max(1 - stats.padding_fraction, 1e-9)
     tokens_a_row = width / max(1, stats.batch_rows)
-    rows = stage.data.micro_batch_size * devices * trainer.accumulate_grad_batches
+    replicas = max(1, devices // trainer.context_parallel_size)
+    rows = stage.data.micro_batch_size * replicas * trainer.accumulate_grad_batches
     cost = _cost(config, stage, tokenizer, data)
     return Forecast(
         tokens_an_epoch=round(width),

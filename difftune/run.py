@@ -42,6 +42,7 @@ from difftune.result_folder import ResultFolder
 from difftune.run_folder import RunFolder
 from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
+from difftune.training.context_parallel import require_divisible
 from difftune.training.preemption import Preemption
 from difftune.training.slurm import requeue_if_asked
 
@@ -230,6 +231,7 @@ def _train(
         resume_step=None if resume_from is None else step_of(resume_from),
         console=console,
     )
+    require_divisible(stage.trainer.context_parallel_size, trainer.world_size)
     replicas = trainer.world_size // stage.trainer.fsdp.tensor_parallel_size
     module = build_module(stage, model, data, tokenizer, replicas, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)

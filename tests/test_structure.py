@@ -24,6 +24,7 @@ CONFIG = {
     "config_adapter",
     "config_checkpoint",
     "config_distill",
+    "config_long",
     "config_tree",
     "config_build",
     "config_checks",

@@ -7,6 +7,7 @@ import numpy as np
 from difftune.data.chat import Encoded
 from difftune.data.packing import pack_best_fit
 from difftune.data.tokenized import Counts, TokenizedSet
+from difftune.data.upsampling import Upsampling
 
 OVERLONG = ("drop", "truncate", "raise")
 
@@ -19,6 +20,7 @@ class Corpus:
         seq_len: Most tokens of a document.
         overlong: What happens to a longer one: "drop" (counted), "truncate" (its first `seq_len` tokens stay;
             dropped if none of them is learned) or "raise".
+        upsampling: Documents are taken more than once, by their length; sets of one path are one source. None: once.
 
     Raises:
         ValueError: For an over-long document under "raise"; names the row and its length.
@@ -28,11 +30,14 @@ class Corpus:
         truncated: Documents that were cut.
         lost_to_length: Documents that were dropped because of their length.
         longest: Tokens of the longest document before the limit.
+        repeats: Copies of documents beyond the first; each copy counts among the kept.
         lengths: int64, shape [kept]: tokens of each document that is learned.
         label_counts: int64, shape [kept]: labels of each.
     """
 
-    def __init__(self, sets: Sequence[TokenizedSet], *, seq_len: int, overlong: str) -> None:
+    def __init__(
+        self, sets: Sequence[TokenizedSet], *, seq_len: int, overlong: str, upsampling: Upsampling | None = None
+    ) -> None:
         self._sets = list(sets)
         self._first = np.cumsum([0, *(len(part) for part in sets)])
         self.counts = sum((part.counts for part in sets), Counts())
@@ -44,6 +49,9 @@ class Corpus:
         self.truncated = self.lost_to_length = 0
         if (too_long := np.flatnonzero(self.lengths > seq_len)).size:
             self._limit(too_long, overlong)
+        self.repeats = 0
+        if upsampling is not None:
+            self._repeat(upsampling)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -81,6 +89,15 @@ class Corpus:
     def _whole(self, index: int) -> Encoded:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._sets[part].document(index - int(self._first[part]))
+
+    def _repeat(self, upsampling: Upsampling) -> None:
+        paths = [part.source for part in self._sets]
+        part_of = np.repeat(np.arange(len(paths)), [len(part) for part in self._sets])[self._kept]
+        source_of = np.array([paths.index(path) for path in paths], dtype=np.int64)[part_of]
+        counts = upsampling.counts(self.lengths, source_of)
+        self.repeats = int(counts.sum()) - len(counts)
+        self._kept = np.repeat(self._kept, counts)
+        self.lengths, self.label_counts = np.repeat(self.lengths, counts), np.repeat(self.label_counts, counts)
 
     def _limit(self, too_long: np.ndarray, overlong: str) -> None:
         if overlong == "raise":

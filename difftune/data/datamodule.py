@@ -18,8 +18,9 @@ from difftune.data.statistics import DataStatistics, count_corpus
 from difftune.data.stream import BatchStream, RowStream, interleave, order_rng
 from difftune.data.teacher_store import TeacherSettings, with_teacher
 from difftune.data.token_cache import load_tokenized
-from difftune.data.tokenized import PIECE_ROWS, question_key, tokenize_pieces
+from difftune.data.tokenized import PIECE_ROWS, TokenizedSet, question_key, tokenize_pieces
 from difftune.data.tokenizers import decode
+from difftune.data.upsampling import Upsampling
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,9 @@ class SFTDataModule(pl.LightningDataModule):
         streaming: Read rows as they are needed and keep only a block of them: sources are interleaved, and
             shuffled and packed within blocks of 4,096 rows. Resuming reads and tokenises what came before
             again; each worker and rank reads everything, so 0 or 1 workers are best.
+        context_parallel_size: Ranks, one after another, that are given the same rows.
+        upsampling: Long documents are taken more than once, the same ones in every epoch; when streaming, within a
+            block. None: all are taken once.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -88,6 +92,8 @@ class SFTDataModule(pl.LightningDataModule):
         accumulate_grad_batches: int = 1,
         streaming: bool = False,
         teacher: TeacherSettings | None = None,
+        context_parallel_size: int = 1,
+        upsampling: Upsampling | None = None,
     ) -> None:
         super().__init__()
         if not train:
@@ -119,6 +125,8 @@ class SFTDataModule(pl.LightningDataModule):
         self._accumulate = accumulate_grad_batches
         self._streaming = streaming
         self._teacher = teacher
+        self._context_parallel_size = context_parallel_size
+        self._upsampling = upsampling
         self._corpus: Corpus | None = None
         # Where the stream was entered: global rows, and the batches that Lightning had counted there.
         self._start_row = 0
@@ -151,7 +159,7 @@ class SFTDataModule(pl.LightningDataModule):
                     with_teacher(part, source, self._tokenizer, self._cache_dir, self._teacher)
                     for part, source in zip(sets, self._sources, strict=True)
                 ]
-            corpus = Corpus(sets, seq_len=self._seq_len, overlong=self._overlong)
+            corpus = self._corpus_of(sets)
         rng = order_rng(self._seed, 0, 0) if self._shuffle else None
         stats = count_corpus(
             corpus,
@@ -160,6 +168,7 @@ class SFTDataModule(pl.LightningDataModule):
             micro_batch_size=self._micro_batch_size,
             eos_id=self._eos_id,
             complete=not self._streaming,
+            min_long=None if self._upsampling is None else self._upsampling.min_tokens,
         )
         if not stats.kept:
             reasons = ", ".join(f"{count} {reason}" for reason, count in stats.dropped.items())
@@ -218,12 +227,14 @@ class SFTDataModule(pl.LightningDataModule):
         """Batches of each rank over all epochs, from the beginning; None if endless or streaming.
 
         Args:
-            world_size: Number of ranks. None: the trainer's, or 1 without a trainer.
+            world_size: Number of ranks, those that share rows included. None: the trainer's, or 1 without a trainer.
         """
         self.prepare()
         if self._max_epochs is None or self._streaming:
             return None
-        ranks = self._rank_and_world_size()[1] if world_size is None else world_size
+        ranks = self._rank_and_world_size()[1]
+        if world_size is not None:
+            ranks = max(1, world_size // self._context_parallel_size)
         return -(-self.stats.batch_rows * self._max_epochs // (self._micro_batch_size * ranks))
 
     def total_steps(self, world_size: int | None = None) -> int | None:
@@ -301,11 +312,17 @@ class SFTDataModule(pl.LightningDataModule):
             return
         pieces = interleave([tokenize_pieces(source, self._tokenizer, streaming=True) for source in self._sources])
         while block := list(islice(pieces, STREAM_BLOCK_ROWS // PIECE_ROWS)):
-            yield Corpus(block, seq_len=self._seq_len, overlong=self._overlong)
+            yield self._corpus_of(block)
+
+    def _corpus_of(self, sets: Sequence[TokenizedSet]) -> Corpus:
+        return Corpus(sets, seq_len=self._seq_len, overlong=self._overlong, upsampling=self._upsampling)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         sharding = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return (sharding["rank"], sharding["num_replicas"]) if sharding else (0, 1)
+        if not sharding:
+            return 0, 1
+        shared = self._context_parallel_size
+        return sharding["rank"] // shared, sharding["num_replicas"] // shared
 
     def _batches_processed(self) -> int:
         if not self.trainer:

@@ -38,6 +38,12 @@ class DataStatistics:
     """Most tokens of a row."""
     complete: bool
     """False when streaming: the counts are those of the first block."""
+    repeated: int = 0
+    """Kept rows that are further copies of long documents (or of others, so that the mix of the sources stays)."""
+    long_rows: int | None = None
+    """Kept rows that are long, copies included. None: no upsampling."""
+    long_tokens: int | None = None
+    """Their tokens."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file or a logger."""
@@ -51,8 +57,10 @@ class DataStatistics:
             *((f"  dropped: {reason}", f"{count:,}") for reason, count in sorted(self.dropped.items())),
             ("rows kept", f"{self.kept:,}"),
             *([("  of them truncated", f"{self.truncated:,}")] if self.truncated else []),
+            *([("  of them copies", f"{self.repeated:,}")] if self.long_rows is not None else []),
             ("tokens", f"{self.tokens:,}"),
             ("  of them learned", f"{self.label_tokens:,} ({share:.1%})"),
+            *(self._long_lines()),
             *([("  unknown to the tokenizer", f"{self.unknown_tokens:,}")] if self.unknown_tokens else []),
             ("longest row", f"{self.longest_row:,} tokens (seq_len {self.seq_len:,})"),
             ("ending in EOS", f"{self.eos_share:.1%}"),
@@ -61,6 +69,12 @@ class DataStatistics:
         ]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+    def _long_lines(self) -> list[tuple[str, str]]:
+        if self.long_rows is None or self.long_tokens is None:
+            return []
+        share = self.long_tokens / self.tokens if self.tokens else 0.0
+        return [("  of them in long documents", f"{self.long_tokens:,} ({share:.1%}) in {self.long_rows:,} rows")]
 
 
 def count_corpus(
@@ -71,6 +85,7 @@ def count_corpus(
     micro_batch_size: int,
     eos_id: int,
     complete: bool,
+    min_long: int | None = None,
 ) -> DataStatistics:
     """Count a corpus.
 
@@ -81,6 +96,7 @@ def count_corpus(
         micro_batch_size: Rows of a micro-batch.
         eos_id: End-of-text token.
         complete: Whether this is all of the data.
+        min_long: Tokens from which on a document is long, with upsampling.
     """
     tokens = int(corpus.lengths.sum())
     if packing:
@@ -103,4 +119,7 @@ def count_corpus(
         padding_fraction=1 - tokens / width if width else 0.0,
         seq_len=corpus.seq_len,
         complete=complete,
+        repeated=corpus.repeats,
+        long_rows=None if min_long is None else int((corpus.lengths >= min_long).sum()),
+        long_tokens=None if min_long is None else int(corpus.lengths[corpus.lengths >= min_long].sum()),
     )

@@ -137,7 +137,9 @@ def _by_layers(model: nn.Module, device: torch.device, sizes: str) -> Evaluated:
     turns = _Turns(layers, device)
     for index, layer in enumerate(layers):
         turns.attach(index, twins[id(layer)])
-    return Evaluated(twin, f"layers are gathered in turn, all ranks in step: a whole copy does not fit ({sizes})", turns)
+    return Evaluated(
+        twin, f"layers are gathered in turn, all ranks in step: a whole copy does not fit ({sizes})", turns
+    )
 
 
 class _Turns:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache
 from difftune.modeling.configuration import DiffTransformerConfig
 from difftune.modeling.lambdas import LambdaV1, LambdaV2, lambda_init_at
 from difftune.modeling.layers import RMSNorm, SubLayerNorm
-from difftune.ops import Documents, diff_attention, rotate, softmax_attention
+from difftune.ops import ContextShard, Documents, diff_attention, rotate, softmax_attention
 
 
 class AttentionContext(NamedTuple):
@@ -21,6 +22,7 @@ class AttentionContext(NamedTuple):
     key_padding_mask: torch.Tensor | None = None
     documents: Documents | None = None
     cache: Cache | None = None
+    shard: ContextShard | None = None
 
 
 class Attention(nn.Module):
@@ -62,6 +64,24 @@ class Attention(nn.Module):
         # A static cache returns all of its slots, also those not yet written.
         return k[:, :, :seen].transpose(1, 2), v[:, :, :seen].transpose(1, 2)
 
+    def _attend(
+        self,
+        attention: Callable[..., torch.Tensor],
+        context: AttentionContext,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *lam: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """``attention`` over what each query may see, also where other processes hold a part of it."""
+        options["backend"] = self.config.attention_backend
+        if context.shard is not None:
+            return context.shard.attend(attention, q, *context.shard.gather(k, v), *lam, **options)
+        return attention(
+            q, k, v, *lam, key_padding_mask=context.key_padding_mask, cu_seqlens=context.documents, **options
+        )
+
 
 class DiffAttentionV1(Attention):
     """Differential attention of ICLR 2025: paired keys, values twice as wide, one lambda a layer, sublayer norm."""
@@ -89,16 +109,15 @@ class DiffAttentionV1(Attention):
         k_BTGPD = rotate(self.k_norm(k_BTGPD), *context.rotary)
         # The cache holds K1 and K2 of a group side by side: as wide as V, so that every kind of cache takes both.
         k_BSGC, v_BSGE = self._cached(k_BTGPD.flatten(3), v_BTGE, context.cache)
-        out_BTHE = diff_attention(
+        out_BTHE = self._attend(
+            diff_attention,
+            context,
             q_BTHPD,
             k_BSGC.unflatten(-1, (2, self.head_dim)),
             v_BSGE,
             self.lambda_full(x),
-            key_padding_mask=context.key_padding_mask,
-            cu_seqlens=context.documents,
             norm_weight=None if self.subln is None else self.subln.scaled_weight(x),
             norm_eps=self.config.subln_eps,
-            backend=self.config.attention_backend,
         )
         return self.o_proj(out_BTHE.flatten(2))
 
@@ -123,15 +142,7 @@ class DiffAttentionV2(Attention):
         v_BTGE = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
         q_BTHPD = rotate(self.q_norm(q_BTHPD), *context.rotary)
         k_BSGD, v_BSGE = self._cached(rotate(self.k_norm(k_BTGD), *context.rotary), v_BTGE, context.cache)
-        out_BTHE = diff_attention(
-            q_BTHPD,
-            k_BSGD.unsqueeze(3),
-            v_BSGE,
-            self.lambda_full(x),
-            key_padding_mask=context.key_padding_mask,
-            cu_seqlens=context.documents,
-            backend=self.config.attention_backend,
-        )
+        out_BTHE = self._attend(diff_attention, context, q_BTHPD, k_BSGD.unsqueeze(3), v_BSGE, self.lambda_full(x))
         return self.o_proj(out_BTHE.flatten(2))
 
 
@@ -149,14 +160,7 @@ class SoftmaxAttention(Attention):
         k_BTMD = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         v_BTMD = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
         k_BSMD, v_BSMD = self._cached(rotate(k_BTMD, *context.rotary), v_BTMD, context.cache)
-        out_BTND = softmax_attention(
-            rotate(q_BTND, *context.rotary),
-            k_BSMD,
-            v_BSMD,
-            key_padding_mask=context.key_padding_mask,
-            cu_seqlens=context.documents,
-            backend=self.config.attention_backend,
-        )
+        out_BTND = self._attend(softmax_attention, context, rotate(q_BTND, *context.rotary), k_BSMD, v_BSMD)
         return self.o_proj(out_BTND.flatten(2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -80,6 +81,10 @@ class SwiGLU(nn.Module):
     """``down(act(gate(x)) * up(x))``.
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+
+    Attributes:
+        chunk: Tokens at once, each chunk computed again in the backward pass, so that of the inner width that of one
+            chunk is all that is held. None: all tokens, once.
     """
 
     def __init__(self, config: DiffTransformerConfig) -> None:
@@ -88,7 +93,18 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape ``(..., C)`` to ``(..., C)``."""
+        if self.chunk is None or x.shape[:-1].numel() <= self.chunk:
+            return self._unit(x)
+        parts = x.flatten(0, -2).split(self.chunk)
+        if torch.is_grad_enabled():
+            done = [checkpoint(self._unit, part, use_reentrant=False) for part in parts]
+        else:
+            done = [self._unit(part) for part in parts]
+        return torch.cat(done).view_as(x)
+
+    def _unit(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

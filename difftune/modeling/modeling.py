@@ -17,7 +17,7 @@ from difftune.modeling.attention import AttentionContext, build_attention
 from difftune.modeling.configuration import DiffTransformerConfig
 from difftune.modeling.lambdas import LambdaV1
 from difftune.modeling.layers import RMSNorm, SwiGLU, build_rotary
-from difftune.ops import Documents, linear_cross_entropy
+from difftune.ops import ContextShard, Documents, linear_cross_entropy
 
 
 @dataclass
@@ -102,6 +102,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | Documents | None = None,
         output_hidden_states: bool = False,
+        shard: ContextShard | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm; arguments as :meth:`DiffTransformerForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -111,6 +112,8 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         if documents is not None:
             documents.check(*x.shape[:2])
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if shard is not None:
+            _check_shard(shard, x, use_cache, attention_mask, position_ids, documents)
         if documents is not None or (self.gradient_checkpointing and self.training):
             if past_key_values is not None:
                 raise ValueError("a cache cannot be used with packed documents or gradient checkpointing")
@@ -125,6 +128,7 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
             key_padding_mask=_key_padding_mask(attention_mask, x.shape[0], x.shape[1], past),
             documents=documents,
             cache=past_key_values,
+            shard=shard,
         )
         hidden_states: tuple[torch.Tensor, ...] = (x,)
         for layer in self.layers:
@@ -176,6 +180,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         z_loss: float = 0.0,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        shard: ContextShard | None = None,
     ) -> DiffCausalLMOutput:
         """Run the model.
 
@@ -194,6 +199,9 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
             z_loss: Weight of the squared log-partition in the loss.
             output_hidden_states: Return the hidden states after the embedding and each layer, the last normed.
             return_dict: Must stay True; a tuple would lose the names.
+            shard: The part of longer rows that this process has. Then ``input_ids``, ``position_ids`` and ``labels``
+                are those of its tokens, labels already shifted, since the next token may lie on another process;
+                documents are in the shard, and there is no cache.
 
         Returns:
             With labels: ``loss``, ``loss_sum``, ``num_label_tokens`` and no logits, which are never held whole.
@@ -213,12 +221,14 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
             use_cache=False if labels is not None and use_cache is None else use_cache,
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
+            shard=shard,
         )
         hidden = outputs.last_hidden_state
         common = {"past_key_values": outputs.past_key_values, "hidden_states": outputs.hidden_states}
         if labels is None:
             return DiffCausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]), **common)
-        loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels(labels), z_loss=z_loss)
+        targets = shift_labels(labels) if shard is None else labels
+        loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, targets, z_loss=z_loss)
         loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return DiffCausalLMOutput(
             loss=loss, loss_sum=loss_sum, num_label_tokens=count, last_hidden_state=hidden, **common
@@ -231,12 +241,27 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
 
         Args:
             max_position_embeddings: Longest sequence, in tokens. Default: unchanged.
-            rope_parameters: As in the config. Default: unchanged.
+            rope_parameters: As in the config. Default: unchanged. Where it does not say ``rope_theta``, the model keeps
+                its own; ``original_max_position_embeddings``, for the forms that want it, is what the model had.
+
+        Raises:
+            ValueError: If the form is unknown, or lacks a number.
         """
-        if max_position_embeddings is not None:
-            self.config.max_position_embeddings = max_position_embeddings
+        changed = self.config.to_dict()
         if rope_parameters is not None:
-            self.config.rope_parameters = dict(rope_parameters)
+            had = {"rope_type": "default", "rope_theta": changed["rope_parameters"]["rope_theta"]}
+            changed["rope_parameters"] = {**had, **rope_parameters}
+            if changed["rope_parameters"]["rope_type"] in ("yarn", "llama3", "longrope"):
+                original = self.config.max_position_embeddings
+                changed["rope_parameters"].setdefault("original_max_position_embeddings", original)
+        if max_position_embeddings is not None:
+            changed["max_position_embeddings"] = max_position_embeddings
+        try:
+            checked = type(self.config).from_dict(changed)
+        except KeyError as error:  # how transformers says that a form lacks a number
+            raise ValueError(f"rope_parameters {changed['rope_parameters']}: {error.args[0]}") from error
+        self.config.rope_parameters = checked.rope_parameters
+        self.config.max_position_embeddings = checked.max_position_embeddings
         self.model.rotary_emb = build_rotary(self.config).to(self.device)
 
     def warm_up_lambda(self, steps: int) -> None:
@@ -257,6 +282,18 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         for module in self.modules():
             if isinstance(module, LambdaV1):
                 module.warm_up(steps)
+
+    def chunk_mlp(self, tokens: int | None) -> None:
+        """Let the gated units take so many tokens at once, and again in the backward pass; None: all, once.
+
+        Raises:
+            ValueError: If ``tokens`` is below 1.
+        """
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"a gated unit takes at least 1 token at once, got {tokens}: raise it, or give None")
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.chunk = tokens
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:
@@ -280,6 +317,24 @@ def recompute_blocks(model: DiffTransformerForCausalLM, *, every: int = 1) -> No
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Labels ``(B, T)`` moved to where they are predicted: ``t`` gets that of ``t + 1``, the last none (-100)."""
     return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
+
+
+def _check_shard(
+    shard: ContextShard,
+    x: torch.Tensor,
+    use_cache: bool,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    documents: Documents | None,
+) -> None:
+    expected = (shard.rows, len(shard.tokens))
+    if tuple(x.shape[:2]) != expected or position_ids is None:
+        raise ValueError(
+            f"a shard of {expected[0]} rows with {expected[1]} tokens each needs so many input_ids, and position_ids, "
+            f"got {tuple(x.shape[:2])} and {'none' if position_ids is None else tuple(position_ids.shape)}"
+        )
+    if use_cache or attention_mask is not None or documents is not None:
+        raise ValueError("with a shard there is no cache and no mask, and documents are given to the shard itself")
 
 
 def _positions(x: torch.Tensor, past: int, documents: Documents | None) -> torch.Tensor:

@@ -16,10 +16,19 @@ E     head dim of values: 2 D in V1, D in V2
 ====  =====================================================================
 """
 
+from difftune.ops.context_parallel import ContextShard
 from difftune.ops.diff_attention import diff_attention, softmax_attention
 from difftune.ops.documents import Documents
 from difftune.ops.linear_cross_entropy import linear_cross_entropy
 from difftune.ops.rms_norm import rms_norm
 from difftune.ops.rotary import rotate
 
-__all__ = ["Documents", "diff_attention", "linear_cross_entropy", "rms_norm", "rotate", "softmax_attention"]
+__all__ = [
+    "ContextShard",
+    "Documents",
+    "diff_attention",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotate",
+    "softmax_attention",
+]

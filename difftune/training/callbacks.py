@@ -45,7 +45,7 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
         """Count the pairs of positions that attend to each other; they depend on the documents."""
         if self.flops is not None and self.peak_flops_per_s is not None:
-            self._attended = self._attended + attended_pairs(batch)
+            self._attended = self._attended + attended_pairs(batch) / pl_module.context_parallel_size  # type: ignore[operator]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop the clock until the other callbacks are done; log if it is time to."""

@@ -35,6 +35,7 @@ from transformers import PreTrainedConfig
 from difftune.modeling.adapters import file_key
 from difftune.modeling.lambdas import WARMUP_STEP
 from difftune.training.adapter_state import check_adapter
+from difftune.training.context_parallel import build_context_group, require_whole_products, split_batch
 from difftune.training.gradients import rescale_and_clip_
 from difftune.training.loggers import MetricsLogger, is_log_step
 from difftune.training.optim import (
@@ -86,6 +87,8 @@ class FinetuneModule(LightningModule):
         max_nonfinite_steps: Skipped steps in a row that stop the run, at least 1.
         adapter_config: Of the adapter inside the model, as in ``adapter_config.json``. Checkpoints then hold it, and
             of the weights those that are trained alone. None: the whole model.
+        context_parallel_size: Processes that share the rows of a micro-batch, each with a part of their tokens. The
+            data must give all of them the same rows.
         load_weights: Called with the model and ``device`` when the strategy has sharded it, to fill what is on the meta
             device. None: the model has its weights.
 
@@ -111,6 +114,7 @@ class FinetuneModule(LightningModule):
         z_loss: float = 0.0,
         max_nonfinite_steps: int = 5,
         adapter_config: dict[str, Any] | None = None,
+        context_parallel_size: int = 1,
         load_weights: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
@@ -123,6 +127,8 @@ class FinetuneModule(LightningModule):
         self.min_lr_ratio, self.total_steps = min_lr_ratio, total_steps
         self.z_loss, self.max_nonfinite_steps = z_loss, max_nonfinite_steps
         self.adapter_config = adapter_config
+        self.context_parallel_size = context_parallel_size
+        self._context_group: torch.distributed.ProcessGroup | None = None
         # The frozen base is not in the checkpoint; what is, on_load_checkpoint compares name by name.
         self.strict_loading = adapter_config is None
 
@@ -159,6 +165,9 @@ class FinetuneModule(LightningModule):
             )
         if trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm == "value":
             raise ValueError("gradient_clip_algorithm=value is not supported: gradients are clipped by their norm")
+        if self.context_parallel_size > 1:
+            require_whole_products(trainer.strategy)
+            self._context_group = build_context_group(self.context_parallel_size)
         self.model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps that
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
@@ -214,12 +223,13 @@ class FinetuneModule(LightningModule):
             self._loss_divisor = 2 ** int(math.log2(size))
         loss_sum, num_label_tokens = self.compute_loss(batch)
         self._window += torch.stack((loss_sum.detach().to(self._dtype), num_label_tokens.to(self._dtype)))
-        self.tokens_seen += batch["input_ids"].numel() * self.num_replicas
+        self.tokens_seen += batch["input_ids"].numel() * (self.num_replicas // self.context_parallel_size)
         return loss_sum / self._loss_divisor
 
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch: summed over its label tokens, shape ``()``, and how many they are, shape ``()``."""
-        output = self.model(**batch, use_cache=False, z_loss=self.z_loss)
+        inputs = batch if self._context_group is None else split_batch(batch, self._context_group)
+        output = self.model(**inputs, use_cache=False, z_loss=self.z_loss)
         return output.loss_sum, output.num_label_tokens
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:

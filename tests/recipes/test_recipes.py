@@ -15,6 +15,12 @@ FRESH = {
     "math_stage1": ["model.path=null"],
     "math_stage2": ["model.path=null", "tokenizer=bytes"],
     "openthoughts": ["model.path=null", "tokenizer=bytes"],
+    "long_context_64k": [
+        *("model.path=null", "tokenizer=bytes", "model.num_hidden_layers=28", "model.hidden_size=3072"),
+        *("model.intermediate_size=8192", "model.num_attention_heads=24", "model.num_key_value_heads=24"),
+        *("model.head_dim=128", "model.vocab_size=100288"),
+    ],
+    "long_context_64k_lora_1gpu": ["model.path=my-3b", "tokenizer=bytes"],
 }
 
 
@@ -110,6 +116,51 @@ def test_stage_2_has_the_papers_hyperparameters_and_inherits_the_rest() -> None:
     assert stage.checkpoint.best_metric is not None and stage.checkpoint.best_mode == "max"
     assert config.model == before.model
     assert stage.data.train[0].path == "open-r1/OpenThoughts-114k-math"
+
+
+def test_the_64k_recipe_has_the_papers_hyperparameters() -> None:
+    """Section 3.3, and for the rest 3.1."""
+    config = recipe("long_context_64k")
+    (stage,) = config.resolved_stages()
+    assert config.model.rope_parameters == {"rope_type": "default", "rope_theta": 640000.0}
+    assert stage.data.seq_len == config.model.max_position_embeddings == 65536
+    assert (stage.optim.lr, stage.optim.betas, stage.optim.weight_decay) == (8e-5, [0.9, 0.95], 0.1)
+    assert tokens_per_step(stage) == 2**22 * stage.trainer.context_parallel_size
+    assert stage.trainer.max_steps == int(1.5e9 / 2**22)
+    assert stage.data.upsample is not None and stage.trainer.strategy == "fsdp"
+    kinds = {task.kind: task for task in stage.evaluation.tasks}
+    assert kinds["nll"].length == 65536 and (kinds["needle"].needles, kinds["needle"].queries) == (8, 1)
+    assert kinds["needle"].lengths == list(range(8192, 65537, 8192))
+
+
+@pytest.mark.parametrize("name", ["long_context_64k", "long_context_64k_lora_1gpu"])
+def test_a_recipe_for_64k_extends_whatever_model_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.path has to be given"):
+        load_config(ROOT / "recipes" / f"{name}.yaml")
+    model = load_config(ROOT / "recipes" / f"{name}.yaml", ["model.path=my-3b"]).model
+    assert set(model.architecture()) == {"rope_parameters", "max_position_embeddings"}
+    assert model.gradient_checkpointing and model.mlp_chunk
+
+
+def test_the_64k_recipe_runs_dry_on_the_meta_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's 3B on a machine that it does not fit: all is built but for the step."""
+    import json
+
+    from difftune import run
+
+    texts = ["A sentence of a long book. " * 400, "A short one."]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("difftune.dry_run._memory", lambda: ("machine", 2**34))
+    tasks = "evaluation.tasks=[{kind: nll, path: 'synthetic:prose', name: books, length: 65536}]"
+    overrides = [*FRESH["long_context_64k"], "data.train.0.path=long.jsonl", tasks]
+    assert run.fit(load_config(ROOT / "recipes" / "long_context_64k.yaml", overrides), dry_run=True) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No step was taken: the model does not fit this machine" in printed
+    assert "of them in long documents 10,8" in printed
+    assert list(tmp_path.iterdir()) == [tmp_path / "long.jsonl"], "nothing is written"
 
 
 @pytest.mark.parametrize("name", ["math_stage1", "math_stage2"])
