@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 
+from difftune.evaluation.sampling import OwnDraws, row_seed
 from difftune.modeling import DiffTransformerConfig
 from difftune.modeling.cache import build_cache
 
@@ -50,6 +53,7 @@ def generate_texts(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     stop: Sequence[str] | None = None,
     should_stop: Callable[[], bool] | None = None,
     deadline: float | None = None,
@@ -57,8 +61,8 @@ def generate_texts(
     """Continue each prompt until the end-of-text token, a stop string or `max_new_tokens`.
 
     Prompts of similar length share a batch, padded on the left, with a KV cache. The batches come in a random order
-    that `seed` fixes, so what is done when the time is over is not just the short prompts. Greedy results do not depend
-    on the batch size but for rounding; samples are the same for the same seed, prompts and batch size on one machine.
+    that `seed` fixes, so what is done when the time is over is not just the short prompts. Neither greedy texts nor
+    samples depend on the batch size but for rounding: each text draws its own numbers, from `seed` and its number.
 
     Nothing outlasts the call: training or evaluation mode of each module, random state and generation config of the
     model are what they were. The model's own generation config (a repetition penalty, say) is not used.
@@ -72,6 +76,7 @@ def generate_texts(
         temperature: 0 is greedy, above 0 samples.
         top_p: Sample from the most likely tokens that hold this share of the probability.
         seed: Of the samples, and of the order of the batches.
+        numbers: One a prompt, by which prompts shared among calls draw what they would in one. Default: their places.
         stop: Strings that end a text.
         should_stop: Polled at every token; True ends the work.
         deadline: A value of `time.monotonic()` that ends the work.
@@ -94,9 +99,7 @@ def generate_texts(
     clock = _Clock(should_stop, deadline)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        # top_k 0: transformers would keep the 50 most likely tokens by default.
-        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+        do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=_pad_id(tokenizer),
         use_cache=True,
@@ -108,13 +111,17 @@ def generate_texts(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     random.Random(seed).shuffle(batches)
     results = [Generation("", 0, finished=False, interrupted=True)] * len(ids)
-    with _untouched(model, settings), _own_random_state(_device_of(model)) as reseed:
+    numbers = range(len(ids)) if numbers is None else numbers
+    with _untouched(model, settings):
         for batch in batches:
             if clock.is_over():
                 break
-            # By the batch's first prompt, so that a batch does not depend on those before it.
-            reseed(seed * 1_000_003 + batch[0])
-            rows = _generate_batch(model, tokenizer, [ids[index] for index in batch], settings, criteria)
+            rows_of_batch = [ids[index] for index in batch]
+            draws = None
+            if temperature > 0:
+                seeds = [row_seed(seed, numbers[index]) for index in batch]
+                draws = OwnDraws(seeds, max(map(len, rows_of_batch)), max_new_tokens, temperature, top_p)
+            rows = _generate_batch(model, tokenizer, rows_of_batch, settings, criteria, draws)
             for index, row in zip(batch, rows, strict=True):
                 results[index] = _read(tokenizer, row, max_new_tokens, stop or (), clock.rang)
     return results
@@ -126,6 +133,7 @@ def _generate_batch(
     prompts: list[list[int]],
     settings: GenerationConfig,
     criteria: StoppingCriteriaList,
+    draws: LogitsProcessor | None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, with padding after those that ended early."""
     width = max(map(len, prompts))
@@ -142,6 +150,7 @@ def _generate_batch(
         attention_mask=attention_mask.to(device),
         generation_config=settings,
         stopping_criteria=criteria,
+        logits_processor=LogitsProcessorList([] if draws is None else [draws]),
         # Each rank for itself.
         synced_gpus=False,
         **({"past_key_values": build_cache()} if ours else {}),
@@ -206,24 +215,6 @@ def _untouched(model: Any, settings: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """A random state apart from the global one, of the CPU and of one device; yields the function that seeds it."""
-    module = None if device.type == "cpu" else torch.get_device_module(device)
-    index = device.index if device.index is not None or module is None else module.current_device()
-
-    def reseed(seed: int) -> None:
-        # torch.manual_seed would also seed the devices that were not forked.
-        torch.default_generator.manual_seed(seed)
-        if module is not None:
-            with module.device(index):
-                module.manual_seed(seed)
-
-    devices, kind = ([], "cuda") if module is None else ([index], device.type)
-    with torch.random.fork_rng(devices=devices, device_type=kind):
-        yield reseed
 
 
 def _device_of(model: nn.Module) -> torch.device:

