@@ -126,3 +126,16 @@ def test_wrong_data_are_refused_by_the_check_and_before_a_run(tmp_path, write_js
     with pytest.raises(ValueError, match="never end, or end without a solution"):
         run.fit(load_config(None, [*wrong, f"data.train=[{{path: {cut}}}]"]))
     assert run.fit(load_config(None, [*wrong, "data.check=false", "data.seq_len=128", "trainer.max_steps=1"])) == 0
+
+
+def test_devices_that_share_rows_take_one_row_in_the_forecast(tmp_path, monkeypatch):
+    monkeypatch.setattr("difftune.prepare._cost", lambda *unused: None)
+    steps = {}
+    for shared in (1, 2):
+        folder = tmp_path / str(shared)
+        devices = ("trainer.devices=4", f"trainer.context_parallel_size={shared}", f"run_dir={folder}")
+        ends = ("trainer.max_steps=-1", "trainer.max_epochs=1", "data.check=false")
+        prepare(*MODEL, *TRAIN, *devices, *ends, check=True)
+        steps[shared] = json.loads((folder / "data_check.json").read_text())["stages"][0]["forecast"]
+    assert steps[1]["tokens_a_step"] == 2 * steps[2]["tokens_a_step"]
+    assert steps[1]["steps"] == -(-steps[2]["steps"] // 2)
