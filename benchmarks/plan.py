@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.common import PeakMemory, machine, report, run_child, table
 
 CONFIGURATIONS = {
+    "diff_v1, bf16-mixed, checkpointing": ["trainer.precision=bf16-mixed", "model.gradient_checkpointing=true"],
     "diff_v1, whole model, packed": ["model.attention=diff_v1"],
     "diff_v2, LoRA, checkpointing": ["adapter.preset=attention", "model.gradient_checkpointing=true"],
     "softmax, accumulation, padded": [
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{planned / resident:.3f}",
             ]
         )
-    print("Peak memory of a training step, MiB: planned, and measured over two optimiser steps, float32")
+    print("Peak memory of a training step, MiB: planned, and measured over two optimiser steps")
     print(machine(args.threads, "transformers", "lightning", "peft"))
     header = ["what", "planned", "allocator", "planned / allocator", "resident", "planned / resident"]
     print(table(header, rows))

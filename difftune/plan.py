@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -216,9 +217,9 @@ def _suggestions(
     return sorted(found, key=lambda suggestion: suggestion.peak)
 
 
-def _candidates(config: Config, stage: StageConfig, machine: Machine) -> list[tuple[str, str, dict[str, object]]]:
+def _candidates(config: Config, stage: StageConfig, machine: Machine) -> list[tuple[str, str, dict[str, Any]]]:
     """What can be changed: as overrides for people, its cost, and the keys."""
-    found: list[tuple[str, str, dict[str, object]]] = []
+    found: list[tuple[str, str, dict[str, Any]]] = []
     model, data, trainer = config.model, stage.data, stage.trainer
     if not model.gradient_checkpointing:
         found.append(

@@ -12,7 +12,7 @@ from difftune.config import Config, StageConfig
 from difftune.modeling import DiffTransformerConfig
 from difftune.ops import Documents
 from difftune.plan_model import build_skeleton, build_teacher_skeleton, tensor_bytes
-from difftune.plan_trace import TRACED_BLOCKS, Phase, trace_step
+from difftune.plan_trace import LOSS_BACKWARD, TRACED_BLOCKS, Phase, trace_step
 from difftune.training.distill import STORED, DistillModule
 from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher
@@ -184,9 +184,10 @@ def moments(
         activations = phase.peak if accumulates else max(phase.peak, phase.peak_with_gradients)
         activations += _gathered_keys(config, stage, shape, machine, phase)
         moment = Moment(str(phase), weights + teacher, gathered, optimizer, held * own // how.model, activations)
-        best = found.get(phase.name)
+        name = phase.name.split(" of ")[0]
+        best = found.get(name)
         if best is None or moment.total > best.total:
-            found[phase.name] = moment
+            found[name] = moment
         made += phase.gradients
     # Without the fused kernel, which a gradient scaler cannot use, a copy of the moments is made.
     scratch = trained // how.model if stage.trainer.precision == "16-mixed" else 0
@@ -212,7 +213,11 @@ def _gathered(model: Any, stage: StageConfig, phase: Phase, num_blocks: int) -> 
     """What a rank holds of others' shards: the root, the block that runs and the one fetched ahead; gradients sent."""
     fsdp, blocks = stage.trainer.fsdp, model.model.layers
     root = _size(model.lm_head, fsdp.param_dtype) + _size(model.model.norm, fsdp.param_dtype)
-    if phase.block is None and phase.name != "loss" and model.lm_head.weight is not model.model.embed_tokens.weight:
+    if (
+        phase.block is None
+        and phase.name in ("forward", "backward")
+        and model.lm_head.weight is not model.model.embed_tokens.weight
+    ):
         root += _size(model.model.embed_tokens, fsdp.param_dtype)
     held = min(2, num_blocks) if fsdp.reshard_after_forward else num_blocks
     sent = 0
@@ -242,7 +247,13 @@ def _gathered_keys(
     if config.model.gradient_checkpointing:
         return one if phase.block is not None else 0
     before = phase.name == "forward" and phase.block is None
-    at = shape.num_hidden_layers if phase.name == "loss" else 0 if phase.block is None or before else phase.block + 1
+    at = (
+        shape.num_hidden_layers
+        if phase.name in ("loss", LOSS_BACKWARD)
+        else 0
+        if phase.block is None or before
+        else phase.block + 1
+    )
     return one * at
 
 
@@ -295,7 +306,7 @@ class _SkeletonDistillation(DistillModule):
     _dtype = torch.float64
 
     @property
-    def _parts(self) -> torch.Tensor:  # type: ignore[override]
+    def _parts(self) -> torch.Tensor:
         return torch.zeros(2, dtype=self._dtype)
 
     @_parts.setter

@@ -29,6 +29,8 @@ from difftune.ops import Documents
 from difftune.ops.triton.attention import triton_diff_attention
 from difftune.ops.triton.tiles import TILES
 
+LOSS_BACKWARD = "backward of the loss"
+"""The phase between the end of the forward and the backward of the last block."""
 TRACED_BLOCKS = 3
 """Blocks that are run: the first, one for all between, the last."""
 
@@ -38,7 +40,7 @@ class Phase:
     """One part of a step; all figures in bytes, those of parameters and of the optimiser left out."""
 
     name: str
-    """`forward`, `loss` or `backward`."""
+    """`forward`, `loss`, `backward of the loss` or `backward`."""
     block: int | None
     """Block from 0; None before the first and after the last."""
     held: int
@@ -102,6 +104,8 @@ def trace_step(
             stack.enter_context(_watched(model, blocks, memory))
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = module.compute_loss(fake)[0]
+            # What autocast had cast is gone.
+            memory.begin(LOSS_BACKWARD, None)
             loss.backward()
             del loss
     return _all_blocks(memory.ended(), num_blocks) if len(blocks) < num_blocks else memory.ended()
@@ -118,24 +122,27 @@ def kept_a_block(phases: list[Phase]) -> int:
 def _all_blocks(phases: list[Phase], num_blocks: int) -> list[Phase]:
     """The phases of all blocks, from those of the first, one between and the last."""
     more = num_blocks - TRACED_BLOCKS
-    between = next(p for p in phases if p.name == "forward" and p.block == 1)
-    kept = between.left - between.held
+    up, down = (next(p for p in phases if p.name == name and p.block == 1) for name in ("forward", "backward"))
+    # With mixed precision a block also keeps its weights as they were cast, to the end of the forward.
+    until_loss, until_backward = up.left - up.held, down.held - down.left
     found: list[Phase] = []
     for phase in phases:
-        in_backward = phase.name.startswith("backward")
+        kept = until_backward if phase.name.startswith("backward") else until_loss
         if phase.block == 1:
             order: Sequence[int] = range(more + 1)
-            for index in reversed(order) if in_backward else order:
+            for index in reversed(order) if phase is down else order:
                 found.append(_above(replace(phase, block=1 + index), kept * index))
-            continue
-        # What the blocks between keep is there from the last block's forward to its backward.
-        is_above = phase.block == TRACED_BLOCKS - 1 or phase.name == "loss"
-        block = num_blocks - 1 if phase.block == TRACED_BLOCKS - 1 else phase.block
-        found.append(_above(replace(phase, block=block), kept * more if is_above else 0))
+        elif phase.block == TRACED_BLOCKS - 1:
+            found.append(_above(replace(phase, block=num_blocks - 1), kept * more))
+        elif phase.name == "loss":
+            found.append(replace(_above(phase, kept * more), left=phase.left + until_backward * more))
+        else:
+            found.append(_above(phase, kept * more if phase.name == LOSS_BACKWARD else 0))
     return found
 
 
 def _above(phase: Phase, more: int) -> Phase:
+    """A phase during which so many bytes more are kept."""
     return replace(
         phase,
         held=phase.held + more,
@@ -297,7 +304,7 @@ def _tensors(batch: dict[str, Any]) -> list[torch.Tensor]:
 def _few_chunks() -> Iterator[None]:
     """Let the loss look at the first two chunks of tokens and the last: those between need the same memory."""
     # The package has a function of the module's name.
-    module = importlib.import_module("difftune.ops.linear_cross_entropy")
+    module: Any = importlib.import_module("difftune.ops.linear_cross_entropy")
     original = module.chunk_starts
 
     def few(count: int, rows: int) -> list[int]:
@@ -315,7 +322,7 @@ def _few_chunks() -> Iterator[None]:
 def _kernels_of_a_gpu(model: nn.Module) -> Iterator[None]:
     """Let attention and norms keep what the kernels of a GPU keep."""
     original = layers_module.rms_norm
-    layers_module.rms_norm = _FusedNorm.apply  # type: ignore[assignment]
+    layers_module.rms_norm = _FusedNorm.apply
     try:
         with attention_calls(model, _attend_on_gpu):
             yield
@@ -353,7 +360,7 @@ def _attend_on_gpu(call: AttentionCall) -> torch.Tensor:
         outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
     if call.lam is None:
         return outputs[0]
-    out = torch.addcmul(*outputs, -call.lam.to(dtype)[..., None])
+    out = torch.addcmul(outputs[0], outputs[1], -call.lam.to(dtype)[..., None])
     return out if call.norm_weight is None else F.rms_norm(out, out.shape[-1:], call.norm_weight.to(dtype))
 
 

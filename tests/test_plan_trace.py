@@ -30,7 +30,13 @@ def traced(machine: Machine, *keys: str) -> tuple[list[Phase], DiffTransformerCo
     return phases(config, config.resolved_stages()[0], shape, machine), shape
 
 
-@pytest.mark.parametrize("keys", [(), ("adapter.preset=all_linear", "model.gradient_checkpointing=true")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("trainer.precision=bf16-mixed", "model.gradient_checkpointing=true"),
+        ("adapter.preset=all_linear",),
+    ],
+)
 def test_three_blocks_say_what_all_of_them_would(keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     few, _ = traced(CPU, *keys)
     for module in (plan_step, plan_trace):
@@ -47,6 +53,7 @@ def test_a_step_goes_up_the_blocks_and_down_again() -> None:
         "forward, before the blocks",
         *(f"forward of block {block}" for block in range(5)),
         "loss",
+        "backward of the loss",
         *(f"backward of block {block}" for block in reversed(range(5))),
         "backward, below the blocks",
     ]
