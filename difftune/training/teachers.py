@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from difftune.losses import TeacherStates, TopK, top_k
@@ -50,8 +51,16 @@ class OnlineTeacher:
             self._probe()
 
     def to(self, device: torch.device) -> None:
-        """Move the model there."""
-        self.model.to(device)
+        """Move the model there; of a sharded one what each rank has whole, since its shards have their place."""
+        if not isinstance(self.model, FSDPModule):
+            self.model.to(device)
+            return
+        for parameter in self.model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
+        for module in self.model.modules():
+            for leaf, buffer in module.named_buffers(recurse=False):
+                module._buffers[leaf] = buffer.to(device)
 
     def shard(self, shard: Callable[[nn.Module], Any]) -> None:
         """Spread the model over the ranks as the student is; one in 4 bits stays whole on each.
