@@ -60,7 +60,7 @@ class Reader:
             read; a text of more than half of it is continued one by one.
     """
 
-    def __init__(self, model: Any, *, chunk_size: int, clock: Clock, max_batch_tokens: int = 65536) -> None:
+    def __init__(self, model: Any, *, chunk_size: int, clock: Clock, max_batch_tokens: int = 16384) -> None:
         self.model, self._chunk_size, self._clock = model, chunk_size, clock
         self._max_batch_tokens = max_batch_tokens
         self._cache: Any = None

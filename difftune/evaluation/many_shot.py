@@ -169,7 +169,7 @@ class ManyShotTask(ItemTask[Classification]):
     """Longest prompt; longer ones are left out, with a warning."""
     chunk_size: int = 1024
     """Tokens of one forward pass."""
-    max_batch_tokens: int = 65536
+    max_batch_tokens: int = 16384
     """Tokens in the cache of labels that are scored together, each with a copy of the prompt."""
     seed: int = 0
     """Of the choice of demonstrations; orders are numbered from 0 whatever the seed."""

@@ -53,7 +53,7 @@ class ManyShotTaskConfig(TaskConfig):
     """Longest prompt in tokens; a number of demonstrations that needs more is left out."""
     chunk_size: int = key(1024, low=1)
     """Tokens of one forward pass."""
-    max_batch_tokens: int = key(65536, low=1)
+    max_batch_tokens: int = key(16384, low=1)
     """Tokens in the cache of labels that are scored together, each with a copy of the prompt; memory grows with it."""
 
     operand: ClassVar[str | None] = "set"

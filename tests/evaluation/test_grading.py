@@ -341,6 +341,17 @@ def test_real_gold_answers_agree_with_themselves(name: str, grader: Grader) -> N
     assert replies.count("correct") == len(some)
 
 
+def test_the_share_of_college_math_that_math_verify_misses_is_reported(grader: Grader) -> None:
+    path = shared_data() / "math_eval" / "college_math.jsonl"
+    golds = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+    golds = random.Random(0).sample(golds, 100)
+    ours = sum(g.correct for g in grader.grade_all([(rf"\boxed{{{gold}}}", gold) for gold in golds]))
+    alone = grader._ask([(math_form(Answer(gold, "boxed")), _gold_form(gold)) for gold in golds]).count("correct")
+    print(f"\ncollege_math against its own gold: {ours} of 100 graded right, {alone} where math-verify is asked")
+    # On a busy machine some long ones take more than the time that a pair has.
+    assert ours >= 99 and alone >= 90
+
+
 @pytest.mark.parametrize("name", MATHS)
 def test_real_gold_answers_differ_from_others(name: str, grader: Grader) -> None:
     path = shared_data() / "math_eval" / f"{name}.jsonl"
@@ -352,7 +363,9 @@ def test_real_gold_answers_differ_from_others(name: str, grader: Grader) -> None
 
 def test_grading_agrees_with_math_verifys_own_cases(grader: Grader) -> None:
     lines = (shared_data() / "grader_cases.jsonl").read_text(encoding="utf-8").splitlines()
-    cases = [case for line in lines if not (case := json.loads(line)).get("quirk")]
+    cases = [json.loads(line) for line in lines]
     grades = grader.grade_all([(case["pred"], case["gold"]) for case in cases])
-    wrong = [case["id"] for case, g in zip(cases, grades, strict=True) if g.correct != case["equal"]]
-    assert wrong == [] and len(cases) > 50
+    wrong = [case for case, g in zip(cases, grades, strict=True) if g.correct != case["equal"]]
+    assert [case for case in wrong if not case.get("quirk")] == [] and len(cases) > 50
+    # Of the two debatable ones: a formula broken over lines, "$ \n 9 \n $", is read, and is the 9 that it says.
+    assert [case["id"] for case in wrong] == ["mv-016"]
