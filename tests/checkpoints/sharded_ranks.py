@@ -92,6 +92,7 @@ def main(arguments):
     for path in sorted((folder / "models").iterdir()):
         dtype = torch.bfloat16 if path.name.endswith("bf16") else torch.float32
         for adapter in ADAPTERS:
+            print(path.name, adapter, flush=True)
             load = partial(load_skeleton, path, dtype=dtype)
             results[f"{path.name}-{adapter}"] = compare(mesh, load, partial(load_model, path, dtype=dtype), adapter)
     for tied in (True, False):

@@ -169,5 +169,6 @@ def main(arguments):
     for name in names:
         strategy, _, scenario = name.partition(":")
         results = train(strategy, devices, **SCENARIOS[scenario])
+        print(name, "done", flush=True)
         if torch.distributed.get_rank() == 0:
             torch.save(results, Path(folder) / f"{strategy}-{scenario}-{devices}.pt")

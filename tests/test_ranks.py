@@ -1,0 +1,46 @@
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_group, run_ranks
+
+
+def main(arguments):
+    """The worker of the tests below."""
+    rank, (what, *_) = int(os.environ["RANK"]), arguments
+    print(f"I am {rank} of {os.environ['WORLD_SIZE']}", flush=True)
+    if what == "fail" and rank == 1:
+        raise RuntimeError("this rank is broken")
+    if what != "end":
+        time.sleep(60)
+
+
+def test_every_rank_runs_with_the_environment_of_torchrun():
+    done = run_ranks("tests.test_ranks", "end", ranks=3)
+    assert all(f"--- rank {rank}\nI am {rank} of 3" in done.output for rank in range(3))
+
+
+def test_a_rank_that_fails_ends_the_others_and_shows_its_error(monkeypatch):
+    begun = time.monotonic()
+    with pytest.raises(AssertionError, match=r"exit code 1(.|\n)*I am 0(.|\n)*RuntimeError: this rank is broken"):
+        run_ranks("tests.test_ranks", "fail", env={"DIFFTUNE_TEST_GRACE_S": "0.5"})
+    assert time.monotonic() - begun < 55
+
+
+def test_a_hang_is_killed_with_all_it_started(tmp_path):
+    program = (
+        "import json, os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"json.dump(child.pid, open({str(tmp_path / 'pid')!r}, 'w'))\n"
+        "print('started', flush=True)\ntime.sleep(60)\n"
+    )
+    with pytest.raises(AssertionError, match=r"hung, nothing was written for 2 s(.|\n)*started"):
+        run_group([sys.executable, "-c", program], timeout_s=2)
+    child = json.loads((tmp_path / "pid").read_text())
+    stat = Path(f"/proc/{child}/stat")
+    # Nobody may have collected it yet.
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
