@@ -198,7 +198,8 @@ class _ShardedWeights(Mapping[str, torch.Tensor]):
         self._stored = ShardedTensors(folder)
         names = [name for name in self._stored if name.startswith(_MODEL)]
         self._names = {_in_model(name): name for name in names}
-        self._names |= {_in_model(alias): name for alias, name in aliases.items()}
+        # A checkpoint of an adapter has none of the base's.
+        self._names |= {_in_model(alias): name for alias, name in aliases.items() if name in self._stored}
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape by name; nothing is read."""

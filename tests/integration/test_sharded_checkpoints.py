@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
     scontrol.chmod(0o755)
     slurm = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "maths"}
     limit = float(os.environ.get("RANKS_TIMEOUT_S", 120))
-    worker = "tests.integration.sharded_run_ranks"
+    worker = "tests.integration.sharded_checkpoint_ranks"
     result = run_ranks(worker, str(folder / "commands.json"), timeout_s=limit, env=slurm)
     (folder / "output.txt").write_text(result.output)
     return folder

@@ -20,7 +20,8 @@ from tests.training.scale_ranks import Curve, tiny_model
 from tests.training.toy import ToyData, build_module, build_trainer
 
 HALF, WHOLE = 4, 8
-SCENARIOS = {"full": {}, "lora": {"lora": True}, "tied": {"architecture": {"tie_word_embeddings": True}}}
+TIED = {"tie_word_embeddings": True}
+SCENARIOS = {"full": {}, "lora": {"lora": True, "architecture": TIED}, "tied": {"architecture": TIED}}
 
 
 class FullDisk(Callback):
@@ -64,6 +65,13 @@ class SlowDisk(Callback):
         self.meanwhile += self.writing
 
 
+def build(strategy, devices):
+    """``tensor`` is ``fsdp`` with two ranks that share each layer."""
+    if strategy == "tensor":
+        return build_strategy("fsdp", devices=devices, tensor_parallel_size=2)
+    return build_strategy(strategy, devices=devices)
+
+
 def train(folder, strategy, *, steps=WHOLE, every=HALF, resume=None, lora=False, architecture=None, **options):
     """Train into ``folder``; rank 0 writes the curve to ``curve.json``, which is returned."""
     devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -80,7 +88,7 @@ def train(folder, strategy, *, steps=WHOLE, every=HALF, resume=None, lora=False,
         # Those that change the writer are set up after it is there.
         [curve, *(c for c in callbacks if isinstance(c, FullDisk)), checkpointing],
         devices=devices,
-        strategy=build_strategy(strategy, devices=devices) if strategy != "auto" else "auto",
+        strategy=build(strategy, devices),
         max_steps=steps,
         log_every_n_steps=1,
     )

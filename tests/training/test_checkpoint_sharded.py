@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
+from difftune.checkpoints.folders import map_training_weights, read_training_weights
 from difftune.training.checkpoint_io import AtomicCheckpointIO, find_damage, find_resumable, list_checkpoints
 from tests.ranks import run_ranks
 from tests.training.checkpoint_ranks import HALF, SCENARIOS, WHOLE, train
@@ -23,7 +25,12 @@ ON_TWO = [
     "fulldisk-fsdp-0-background",
     "fulldisklast-fsdp-1",
 ]
-ON_FOUR = ["resume-fsdp-full-straight-fsdp-full", "resume-fsdp-tied-straight-fsdp-tied"]
+ON_FOUR = [
+    "resume-fsdp-full-straight-fsdp-full",
+    "resume-fsdp-tied-straight-fsdp-tied",
+    "resume-tensor-full-straight-fsdp-full",
+    "straight-tensor-full",
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +75,26 @@ def test_ddp_resumes_what_fsdp_saved_with_the_same_curve(runs):
     assert_same(curve(folder / "resume-ddp-full-straight-fsdp-full"), curves["full"][HALF:])
 
 
-def test_four_ranks_resume_what_two_saved_with_the_same_curve(runs, tmp_path):
-    folder, curves = runs
-    for name in ON_FOUR:
-        (tmp_path / name.split("-", 3)[3]).symlink_to(folder / name.split("-", 3)[3])
-    run_ranks(WORKER, str(tmp_path), *ON_FOUR, ranks=4, timeout_s=float(os.environ.get("RANKS_TIMEOUT_S", 120)))
-    for name in ON_FOUR:
-        assert_same(curve(tmp_path / name), curves[name.split("-")[2]][HALF:])
+@pytest.fixture(scope="module")
+def four_ranks(runs, tmp_path_factory):
+    folder, _ = runs
+    own = tmp_path_factory.mktemp("four")
+    for name in {name.split("-", 3)[3] for name in ON_FOUR if name.startswith("resume")}:
+        (own / name).symlink_to(folder / name)
+    run_ranks(WORKER, str(own), *ON_FOUR, ranks=4, timeout_s=float(os.environ.get("RANKS_TIMEOUT_S", 120)))
+    return own
+
+
+@pytest.mark.parametrize("name", [name for name in ON_FOUR if name.startswith("resume")])
+def test_four_ranks_resume_what_two_saved_with_the_same_curve(runs, four_ranks, name):
+    _, curves = runs
+    assert_same(curve(four_ranks / name), curves[name.split("-")[2]][HALF:])
+
+
+def test_one_process_resumes_what_two_groups_of_two_ranks_saved_that_share_each_layer(runs, four_ranks, tmp_path):
+    _, curves = runs
+    path = four_ranks / "straight-tensor-full" / "checkpoints" / STEP
+    assert_same(train(tmp_path, "auto", resume=path), curves["full"][HALF:])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -93,6 +113,36 @@ def test_a_sharded_checkpoint_read_whole_equals_that_of_one_process(runs, scenar
     for name, expected in theirs["state"].items():
         for key, value in expected.items():
             assert (ours["state"][name][key] - value).abs().max() <= TOLERANCE, (name, key)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_weights_of_a_sharded_checkpoint_are_read_as_those_of_one_file(runs, scenario):
+    folder, _ = runs
+    several, one = (
+        read_training_weights(folder / f"straight-{strategy}-{scenario}" / "checkpoints" / STEP)
+        for strategy in ("fsdp", "auto")
+    )
+    assert several.keys() == one.keys()
+    assert all((several[name] - tensor).abs().max() <= TOLERANCE for name, tensor in one.items())
+    mapped = map_training_weights(folder / f"straight-fsdp-{scenario}" / "checkpoints" / STEP)
+    assert mapped.shapes() == {name: tensor.shape for name, tensor in one.items()}
+
+
+def test_a_damaged_shard_is_refused(runs, tmp_path):
+    folder, _ = runs
+    path = tmp_path / STEP
+    shutil.copytree(folder / "straight-fsdp-full" / "checkpoints" / STEP, path)
+    shard = path / "shards" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert find_damage(path) == "the content of shards/__1_0.distcp has changed since it was written"
+    with pytest.raises(ValueError, match=r"shards/__1_0\.distcp is not what its manifest\.json says"):
+        read_training_weights(path)
+    shard.unlink()
+    assert find_damage(path) == "shards/__1_0.distcp is missing"
+    with pytest.raises(ValueError, match=r"cannot be resumed from: shards/__1_0\.distcp is missing"):
+        AtomicCheckpointIO().load_checkpoint(path)
 
 
 def test_each_rank_writes_its_share_once_and_the_manifest_lists_every_file(runs):
