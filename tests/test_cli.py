@@ -104,7 +104,7 @@ def test_tasks_are_named_by_kind_and_their_keys_are_set_by_it(calls: dict[str, A
     tasks = ["--task", "math:a.jsonl", "--data", "z.jsonl", "--task=math:b.jsonl"]
     assert cli.main(["evaluate", "--model", "m", *tasks, "--limit", "9", "math.limit=4", "--math.split=x"]) == 0
     found = [(t.task_name(), t.limit, t.split) for t in calls["config"].evaluation.tasks]
-    assert found == [("z", 9, "test"), ("a", 4, "x"), ("b", 4, "x")]
+    assert found == [("z", 9, None), ("a", 4, "x"), ("b", 4, "x")]
 
 
 def test_an_option_of_some_kinds_is_set_where_there_is_such_a_key(
