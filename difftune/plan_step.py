@@ -307,7 +307,7 @@ class _SkeletonDistillation(DistillModule):
 
     @property
     def _parts(self) -> torch.Tensor:
-        return torch.zeros(2, dtype=self._dtype)
+        return torch.zeros(4, dtype=self._dtype)
 
     @_parts.setter
     def _parts(self, value: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ def _dtype(name: str, parameter: torch.Tensor, device: torch.device) -> torch.dt
 
 def _gather(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The whole of a parameter; all ranks take part."""
-    tensor = parameter.detach()
+    tensor: Any = parameter.detach()
     if isinstance(tensor, DTensor):
         # A shard kept on the host cannot be exchanged there.
         tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
