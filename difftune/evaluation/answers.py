@@ -88,7 +88,8 @@ def normalise(answer: str) -> str:
             inner = answer[len(left) : len(answer) - len(right)]
             if answer.startswith(left) and answer.endswith(right) and inner.strip() and left not in inner:
                 answer = inner.strip()
-        answer = re.sub(r"^\\?\$(?=\s?[\d.][\d,.]*$)", "", answer).strip()
+        answer = re.sub(r"(?<=\d,)\\!(?=\d{3})", "", answer)  # MATH writes 15,\!000, close together
+        answer = re.sub(r"^(-?)\\?\$(?=\s?[\d.][\d,.]*$)", r"\1", answer).strip()
     answer = re.sub(r"^\+\s?(?=[\d.])", "", answer)  # math-verify reads "+1,000" as a pair of numbers
     return answer.replace(" ", "") if _SPACED_NUMBER.fullmatch(answer) else answer
 

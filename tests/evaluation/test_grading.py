@@ -84,6 +84,12 @@ def gone_within(pid: int, seconds: float) -> bool:
         (r"\boxed{der}", "Red", "wrong"),
         (r"\boxed{\text{(C)}}", "C", "correct"),
         (r"\boxed{-3}", "- 3", "correct"),
+        # Sums of money as MATH spells them.
+        (r"\boxed{15,000}", r"\$15,\!000", "correct"),
+        ("#### 15000", r"\$15,\!000", "correct"),
+        (r"\boxed{15001}", r"\$15,\!000", "wrong"),
+        (r"\boxed{-0.5}", r"-\$0.50", "correct"),
+        (r"\boxed{0.5}", r"-\$0.50", "wrong"),
         ("\\boxed{\u22123}", "-3", "correct"),
         (r"\boxed{5 million}", "5", "wrong"),
         (r"\boxed{3}", "so 1+2=3\n#### 3", "correct"),
