@@ -52,13 +52,14 @@ class OnlineTeacher:
 
     def to(self, device: torch.device) -> None:
         """Move the model there; of a sharded one what each rank has whole, since its shards have their place."""
+        model: nn.Module = self.model
         if not isinstance(self.model, FSDPModule):
             self.model.to(device)
             return
-        for parameter in self.model.parameters():
+        for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(device)
-        for module in self.model.modules():
+        for module in model.modules():
             for leaf, buffer in module.named_buffers(recurse=False):
                 module._buffers[leaf] = buffer.to(device)
 
