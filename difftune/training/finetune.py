@@ -45,7 +45,7 @@ from difftune.training.optim import (
     build_schedule,
     reset_hyperparameters,
 )
-from difftune.training.optimizer_state import by_name, in_order, parameter_names
+from difftune.training.optimizer_state import by_name, in_order, keep_own_kernels, parameter_names
 from difftune.training.sharding import finish_gradients
 from difftune.training.strategies import FSDP2Strategy
 
@@ -184,6 +184,7 @@ class FinetuneModule(LightningModule):
         optimizer = build_optimizer(
             groups, betas=self.betas, eps=self.eps, fused=fused, foreach=False if is_divided else None
         )
+        keep_own_kernels(optimizer)
         self._groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = self.trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         self._scheduler = build_schedule(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 _SHOWN = 4
+_KERNELS = ("fused", "foreach", "capturable")
 
 
 def parameter_names(groups: Iterable[dict[str, Any]], module: nn.Module) -> list[list[str]]:
@@ -75,6 +76,23 @@ def in_order(saved: dict[str, Any], names: Sequence[Sequence[str]]) -> dict[str,
         "state": {name: saved["state"][name] for name in wanted if name in saved["state"]},
         "param_groups": [{**group_of[own[0]], "params": list(own)} for own in names],
     }
+
+
+def keep_own_kernels(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser, whatever it loads, go on by the kernels that it was built with.
+
+    They are options of its groups, and a checkpoint has those of the run that saved it: a run on another number of
+    devices may need others.
+    """
+
+    def keep(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [
+            {**saved, **{key: own[key] for key in _KERNELS if key in own}}
+            for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        ]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(keep)
 
 
 def split_tensors(states: Sequence[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

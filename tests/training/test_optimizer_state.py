@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from difftune.training.optimizer_state import by_name, in_order, join_tensors, parameter_names, split_tensors
+from difftune.training.optimizer_state import (
+    by_name,
+    in_order,
+    join_tensors,
+    keep_own_kernels,
+    parameter_names,
+    split_tensors,
+)
 
 
-def build(order=("a", "b", "c")):
+def build(order=("a", "b", "c"), fused=False):
     torch.manual_seed(0)
     module = nn.Module()
     for name, size in {"a": 3, "b": 4, "c": 5}.items():
@@ -16,7 +23,7 @@ def build(order=("a", "b", "c")):
         {"params": [getattr(module, name) for name in order[:2]], "lr": 0.1},
         {"params": [getattr(module, name) for name in order[2:]], "lr": 0.2},
     ]
-    return module, torch.optim.AdamW(groups)
+    return module, torch.optim.AdamW(groups, fused=fused)
 
 
 def step(module, optimizer):
@@ -41,6 +48,17 @@ def test_an_optimiser_goes_on_from_names_whatever_the_order_of_its_parameters():
     for pair in ((module, optimizer), (other, its_optimizer)):
         step(*pair)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(module.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("saved_by", "fused"), [(True, False), (False, True)])
+def test_kernels_are_those_of_the_run_that_goes_on(saved_by, fused):
+    module, optimizer = build(fused=saved_by)
+    step(module, optimizer)
+    _, other = build(fused=fused)
+    keep_own_kernels(other)
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["fused"] for group in other.param_groups] == [fused, fused]
+    assert [group["lr"] for group in other.param_groups] == [0.1, 0.2]
 
 
 def test_a_state_by_number_is_taken_in_the_order_of_the_groups():
