@@ -8,6 +8,7 @@ after so few steps writes every answer to its limit, so the evaluation is the lo
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert steps is not None, "the recipe says when a stage ends"
         # The first steps allocate.
         ends = clock.ends[len(clock.ends) // 4 :]
-        step_s = statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+        step_s = statistics.median(b - a for a, b in itertools.pairwise(ends))
         tasks = build_tasks(stage.evaluation)
         begun = time.perf_counter()
         for task in tasks:
@@ -84,8 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation_s, training_s = evaluation_s + count * one_s, training_s + steps * step_s
         share = count * one_s / (count * one_s + steps * step_s)
         items = sum(task.num_items for task in tasks)
-        rows.append([stage.name, f"{steps} x {step_s:.3f}", f"{count} x {one_s:.2f} ({items} problems)", f"{share:.1%}"])
-    rows.append(["all", f"{training_s:.0f}", f"{evaluation_s:.0f}", f"{evaluation_s / (evaluation_s + training_s):.1%}"])
+        rows.append(
+            [stage.name, f"{steps} x {step_s:.3f}", f"{count} x {one_s:.2f} ({items} problems)", f"{share:.1%}"]
+        )
+    rows.append(
+        ["all", f"{training_s:.0f}", f"{evaluation_s:.0f}", f"{evaluation_s / (evaluation_s + training_s):.1%}"]
+    )
     print(f"Scheduled evaluation of {args.recipe.name}; median step of {args.steps}; {machine(args.threads)}\n")
     print(table(["stage", "training, s", "evaluation, s", "share of the time"], rows))
 
@@ -99,7 +104,9 @@ def _evaluations(settings: Any, steps: int) -> int:
     if settings.every_n_steps is not None:
         at |= set(range(settings.every_n_steps, steps + 1, settings.every_n_steps))
     if settings.every_fraction is not None:
-        at |= {round(k * settings.every_fraction * steps) for k in range(1, int(1 / settings.every_fraction + 1e-9) + 1)}
+        at |= {
+            round(k * settings.every_fraction * steps) for k in range(1, int(1 / settings.every_fraction + 1e-9) + 1)
+        }
     return len(at)
 
 
