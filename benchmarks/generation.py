@@ -1,6 +1,6 @@
 """Speed of generating texts for an evaluation: batches with the cache against one prompt after the other.
 
-python -m benchmarks.generation [--prompts 32] [--batch-size 16] [--new-tokens 64] [--hidden-size 256] [--threads 2]
+python -m benchmarks.generation [--prompts 16] [--batch-size 16] [--new-tokens 64] [--hidden-size 256] [--threads 2]
 
 The prompts are of unequal length, as problems are, and all texts have the same number of tokens. Greedy texts of both
 ways must be the same before any speed is printed. `one by one` has the cache too; `no cache` reads the whole text again
@@ -9,11 +9,13 @@ for every token, which is what a plain loop over forward passes does.
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from benchmarks.common import interleaved, machine, ratios, spread, table
+from benchmarks.common import machine, ratios, spread, table
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
@@ -58,7 +60,7 @@ def without_cache(model: DiffTransformerForCausalLM, prompts: Sequence[list[int]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -70,40 +72,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = build_tokenizer("bytes")
     draw = random.Random(0)
     prompts = [[draw.randrange(6, 262) for _ in range(draw.randint(32, 128))] for _ in range(args.prompts)]
-    tokens = args.prompts * args.new_tokens
-    rows = []
-    for kind in KINDS:
-        model = build(kind, args.hidden_size, args.layers)
-
-        def write(batch_size: int, model: DiffTransformerForCausalLM = model) -> list[str]:
-            found = generate_texts(model, tokenizer, prompts, max_new_tokens=args.new_tokens, batch_size=batch_size)
-            if any(text.num_tokens != args.new_tokens for text in found):
-                raise SystemExit("a text ended early: the speeds would be those of unequal work")
-            return [text.text for text in found]
-
-        plain = without_cache(model, prompts[:2], args.new_tokens)
-        expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
-        together, alone = write(args.batch_size), write(1)
-        if together != alone or alone[:2] != expected:
-            raise SystemExit(f"{kind}: batches, single prompts and the loop without a cache write different texts")
-        calls: dict[str, Callable[[], object]] = {
-            "batches": lambda: write(args.batch_size),
-            "one by one": lambda: write(1),
-        }
-        seconds = interleaved(calls, args.rounds)
-        alone_again = interleaved({"no cache": lambda m=model: without_cache(m, prompts[:2], args.new_tokens)}, 1)  # type: ignore[misc]
-        slow = 2 * args.new_tokens / alone_again["no cache"][0]
-        rows.append([kind, "no cache", f"{slow:.0f}", ""])
-        for name, times in seconds.items():
-            speed = spread([tokens / s for s in times], 0)
-            gain = spread(ratios(seconds["one by one"], times), 1)
-            rows.append([kind, name, speed, gain])
     print(
         f"Greedy generation, float32, hidden {args.hidden_size}, {args.layers} layers, {args.prompts} prompts of 32 to "
         f"128 tokens, {args.new_tokens} new tokens, batches of {args.batch_size}"
     )
-    print(f"{machine(args.threads, 'transformers')}; {args.rounds} rounds in turn, median (range)\n")
-    print(table(["attention", "way", "tokens/s", "times one by one"], rows))
+    print(f"{machine(args.threads, 'transformers')}; {args.rounds} rounds in turn, median (range)\n", flush=True)
+    header = ["attention", "way", "tokens/s", "times one by one"]
+    for kind in KINDS:
+        rows = measure(kind, args, tokenizer, prompts)
+        lines = table([f"{name:<16}" for name in header], rows).splitlines()
+        # As they come: all of it takes minutes.
+        print("\n".join(lines if kind == KINDS[0] else lines[2:]), flush=True)
+
+
+def measure(
+    kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> list[list[str]]:
+    """The rows of one kind of attention, once all ways have written the same."""
+    model, tokens = build(kind, args.hidden_size, args.layers), args.prompts * args.new_tokens
+
+    def write(batch_size: int) -> list[str]:
+        found = generate_texts(model, tokenizer, prompts, max_new_tokens=args.new_tokens, batch_size=batch_size)
+        if any(text.num_tokens != args.new_tokens for text in found):
+            raise SystemExit("a text ended early: the speeds would be those of unequal work")
+        return [text.text for text in found]
+
+    begun = time.perf_counter()
+    plain = without_cache(model, prompts[:2], args.new_tokens)
+    slow = 2 * args.new_tokens / (time.perf_counter() - begun)
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
+    together, alone = write(args.batch_size), write(1)
+    if together != alone or alone[:2] != expected:
+        raise SystemExit(f"{kind}: batches, single prompts and the loop without a cache write different texts")
+    # Both are warm by now.
+    seconds: dict[str, list[float]] = {"batches": [], "one by one": []}
+    for _ in range(args.rounds):
+        for name, batch_size in (("batches", args.batch_size), ("one by one", 1)):
+            begun = time.perf_counter()
+            write(batch_size)
+            seconds[name].append(time.perf_counter() - begun)
+    rows = [[kind, "no cache", f"{slow:.0f}", ""]]
+    for name, times in seconds.items():
+        speed = spread([tokens / s for s in times], 0)
+        rows.append([kind, name, speed, spread(ratios(seconds["one by one"], times), 1)])
+    return rows
 
 
 if __name__ == "__main__":

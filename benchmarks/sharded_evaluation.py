@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _be_a_rank(args)
         return
     if args.prompts % (args.ranks * _BATCH_SIZE):
-        raise SystemExit(f"--prompts must be a multiple of {args.ranks * _BATCH_SIZE}: the naive way needs equal shares")
+        raise SystemExit(
+            f"--prompts must be a multiple of {args.ranks * _BATCH_SIZE}: the naive way needs equal shares"
+        )
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "seconds.pt"
         names = ("prompts", "new_tokens", "hidden_size", "layers", "rounds")

@@ -12,6 +12,7 @@ modules with plain weights, and nothing that training holds is touched.
   ranks are done. Embedding, head and norm are gathered once.
 """
 
+import math
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 _MARKS = ("__composable", "_is_fsdp", "_fsdp")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -116,6 +117,32 @@ def _gather(name: str, parameter: torch.Tensor, device: torch.device) -> torch.T
     return tensor.to(device, _dtype(name, parameter, device), copy=True)
 
 
+def _gather_together(parameters: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The whole of some parameters, by name, in one exchange for each dtype of those that are split by rows."""
+    whole: dict[str, torch.Tensor] = {}
+    alike: dict[torch.dtype, dict[str, DTensor]] = {}
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor) and parameter.placements == (Shard(0),):
+            alike.setdefault(_dtype(name, parameter, device), {})[name] = parameter
+        else:
+            whole[name] = _gather(name, parameter, device)
+    for dtype, tensors in alike.items():
+        mesh = next(iter(tensors.values())).device_mesh
+        # Every rank but the last ones has as many rows, rounded up.
+        rows = {name: -(-tensor.shape[0] // mesh.size()) for name, tensor in tensors.items()}
+        sizes = [rows[name] * math.prod(tensor.shape[1:]) for name, tensor in tensors.items()]
+        mine = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        for part, tensor in zip(mine.split(sizes), tensors.values(), strict=True):
+            local = tensor.to_local().flatten()
+            part[: local.numel()] = local
+        everyone = mine.new_empty(mesh.size() * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine, group=mesh.get_group())
+        parts = everyone.view(mesh.size(), -1).split(sizes, dim=1)
+        for part, (name, tensor) in zip(parts, tensors.items(), strict=True):
+            whole[name] = part.reshape(-1, *tensor.shape[1:])[: tensor.shape[0]]
+    return whole
+
+
 def _gathered(model: nn.Module, device: torch.device, sizes: str) -> Evaluated:
     tensors = {id(p): _gather(name, p, device) for name, p in model.named_parameters()}
     return Evaluated(_twin(model, tensors, {}), f"each rank gathers a whole copy ({sizes})")
@@ -149,7 +176,7 @@ class _Turns:
     """
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
-        self._layers = [dict(layer.named_parameters()) for layer in layers]
+        self._layers: list[dict[str, torch.Tensor]] = [dict(layer.named_parameters()) for layer in layers]
         self._device = device
         self._next = 0
 
@@ -186,7 +213,7 @@ class _Turns:
         self._next = (turn + 1) % len(self._layers)
         with torch.no_grad():
             # The name inside the layer says whether it is lambda's.
-            return turn, {name: _gather(name, p, self._device) for name, p in self._layers[turn].items()}
+            return turn, _gather_together(self._layers[turn], self._device)
 
     def _vote(self, *, active: bool) -> bool:
         votes = torch.tensor(int(active), device=self._device)

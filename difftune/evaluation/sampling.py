@@ -21,9 +21,7 @@ class OwnDraws(LogitsProcessor):
         top_p: Only the most likely tokens that hold this share of the probability; 1 is all.
     """
 
-    def __init__(
-        self, seeds: Sequence[int], width: int, max_new_tokens: int, temperature: float, top_p: float
-    ) -> None:
+    def __init__(self, seeds: Sequence[int], width: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
         self._width, self._temperature, self._top_p = width, temperature, top_p
         rows = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         self._uniform = torch.stack(rows)
