@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.child:
         return measure(args)
-    shape = f"hidden {args.hidden_size}, {args.layers} layers, {args.heads // 2} differential heads of {args.head_dim}"
+    shape = f"hidden {args.hidden_size}, {args.layers} layers, differential heads: {args.heads // 2} of {args.head_dim}"
     print(f"V1, {shape}, vocabulary {args.vocab_size}, LoRA, float32, MLP in chunks of {args.mlp_chunk or 'all'}")
     print(machine(args.threads))
     (over_length if args.part == "length" else shared_row)(args)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from difftune.ops.documents import Documents
+from difftune.ops.last_queries import in_blocks, last_queries
 from difftune.ops.shapes import visible
 
 _FEW_QUERIES = 8
@@ -36,30 +36,21 @@ def sdpa_attention(
     T, S = q.shape[1], k.shape[1]
     if key_padding_mask is None and causal and T == S:
         return _fused(q, k, v, None, True, scale)
-    if key_padding_mask is None and causal and T > 1 and T * S > _MASK_ELEMENTS:
+    if key_padding_mask is None and causal and 1 < T < S and T * S > _MASK_ELEMENTS:
         return _last_queries(q, k, v, scale)
     mask = visible(T, S, q.device, causal, key_padding_mask, None)
     return _fused(q, k, v, None if mask is None else mask[:, None], False, scale)
 
 
 def _last_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of T queries at the end of S > T keys, in blocks of queries, so that no mask of T x S is held.
+    if q.device.type == "cpu":
+        return last_queries(q, k, v, scale)
 
-    torch's own causal mask is aligned with the first key, not the last, so each block needs a mask. A backward pass
-    would keep those of all blocks; it makes them, and the block's output, anew.
-    """
-    (T, S), outputs = (q.shape[1], k.shape[1]), []
-    rows = max(1, _MASK_ELEMENTS // S)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    for start in range(0, T, rows):
-        block, end = q[:, start : start + rows], S - T + min(start + rows, T)
-        inputs = (block, k[:, :end], v[:, :end], scale)
-        outputs.append(checkpoint(_block, *inputs, use_reentrant=False) if learns else _block(*inputs))
-    return torch.cat(outputs, dim=1)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = visible(q.shape[1], k.shape[1], q.device, True, None, None)
+        return _fused(q, k, v, None if mask is None else mask[:, None], False, scale)
 
-
-def _block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return _fused(q, k, v, visible(q.shape[1], k.shape[1], q.device, True, None, None), False, scale)
+    return in_blocks(attend, q, k, v, rows=max(1, _MASK_ELEMENTS // k.shape[1]))
 
 
 def _by_document(

@@ -116,7 +116,8 @@ def test_a_form_without_its_numbers_is_refused():
 def test_what_an_extension_does_not_say_is_the_models_own():
     config = DiffTransformerConfig(**{**CONFIG.to_dict(), "rope_parameters": ROPE_FORMS["base"]})
     model = DiffTransformerForCausalLM(config)
-    model.extend_context(max_position_embeddings=65536, rope_parameters={"rope_type": "yarn", "factor": 16.0})
+    for _ in ("a stage", "the next one, from its checkpoint"):
+        model.extend_context(max_position_embeddings=65536, rope_parameters={"rope_type": "yarn", "factor": 16.0})
     assert model.config.rope_parameters["rope_theta"] == 640000.0
     assert model.config.rope_parameters["original_max_position_embeddings"] == 4096
 
