@@ -121,19 +121,26 @@ def allocated_peak(config: Any, cache_dir: Path) -> int:
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
+    # What was there before would otherwise be released while it is counted.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train(config, cache_dir)
-    changes: list[tuple[int, int]] = []
+    changes: list[tuple[int, int, int]] = []
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.typed[0] == _EventType.Allocation:
-            changes.append((event.start_time_ns, event.typed[1].alloc_size))
-    live = peak = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
-        live += size
-        peak = max(peak, live)
+            changes.append((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size))
+    live: dict[int, int] = {}
+    total = peak = 0
+    for _, pointer, size in sorted(changes, key=lambda change: change[0]):
+        if size > 0:
+            live[pointer] = size
+            total += size
+        else:
+            total -= live.pop(pointer, 0)
+        peak = max(peak, total)
     return peak
 
 
