@@ -78,7 +78,7 @@ class Shards(NamedTuple):
 def shards(stage: StageConfig, machine: Machine) -> Shards:
     """How a stage is spread over the devices of a machine."""
     sharded = machine.devices if machine.strategy == "fsdp" else 1
-    return Shards(sharded, getattr(stage.trainer, "context_parallel_size", 1))
+    return Shards(sharded, stage.trainer.context_parallel_size)
 
 
 def trained_tokens(stage: StageConfig, machine: Machine) -> int:
