@@ -86,7 +86,7 @@ def write_base(folder: Path, scale: int) -> Path:
 
 def planned_peak(config: Any) -> int:
     """Bytes, as planned."""
-    from difftune.plan import plan_stages
+    from difftune.plan.stages import plan_stages
 
     return plan_stages(config)[0].peak.total
 

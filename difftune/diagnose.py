@@ -137,7 +137,7 @@ def find_backends(config: Config | None) -> list[Finding]:
     """Which attentions run here for the heads of the recipe's model, what `auto` would take, why others do not run."""
     kind, head_dim, dtype, asked, origin = "diff_v1", 128, torch.bfloat16, "auto", "heads of 128"
     if config is not None:
-        from difftune.plan_model import architecture
+        from difftune.plan.model import architecture
 
         try:
             shape = architecture(config)
@@ -260,7 +260,7 @@ def find_disk(config: Config | None) -> list[Finding]:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    from difftune.plan_model import architecture, build_skeleton, tensor_bytes
+    from difftune.plan.model import architecture, build_skeleton, tensor_bytes
 
     try:
         model = build_skeleton(config, architecture(config), None)

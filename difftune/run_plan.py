@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from difftune.config import Config
-from difftune.plan import plan_stages
-from difftune.plan_report import plan_values, print_plan
+from difftune.plan.report import plan_values, print_plan
+from difftune.plan.stages import plan_stages
 from difftune.terminal import console, set_up_logging
 
 

@@ -11,8 +11,8 @@ import torch
 from difftune.config import Config, StageConfig
 from difftune.modeling import DiffTransformerConfig
 from difftune.ops import Documents
-from difftune.plan_model import build_skeleton, build_teacher_skeleton, tensor_bytes
-from difftune.plan_trace import LOSS_BACKWARD, TRACED_BLOCKS, Phase, trace_step
+from difftune.plan.model import build_skeleton, build_teacher_skeleton, tensor_bytes
+from difftune.plan.trace import LOSS_BACKWARD, TRACED_BLOCKS, Phase, trace_step
 from difftune.training.distill import STORED, DistillModule
 from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher

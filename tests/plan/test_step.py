@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from difftune.config import load_config
-from difftune.plan_model import architecture
-from difftune.plan_step import Machine, Moment, cache_width, evaluation_caches, moments, phases, shards
+from difftune.plan.model import architecture
+from difftune.plan.step import Machine, Moment, cache_width, evaluation_caches, moments, phases, shards
 
 SMALL = [
     "tokenizer=digits",

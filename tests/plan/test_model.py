@@ -8,7 +8,7 @@ import torch
 from difftune.config import load_config
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.modeling.quantized import quantize_base, weight_bytes
-from difftune.plan_model import architecture, build_skeleton, build_teacher_skeleton, tensor_bytes
+from difftune.plan.model import architecture, build_skeleton, build_teacher_skeleton, tensor_bytes
 
 SHAPE = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 

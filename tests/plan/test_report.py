@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from difftune.plan import GIB, StagePlan, Suggestion
-from difftune.plan_report import gib, plan_values, print_plan
-from difftune.plan_step import Machine, Moment
+from difftune.plan.report import gib, plan_values, print_plan
+from difftune.plan.stages import GIB, StagePlan, Suggestion
+from difftune.plan.step import Machine, Moment
 
 
 def plan(available: int) -> StagePlan:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from difftune.plan import GIB, StagePlan
+from difftune.plan.stages import GIB, StagePlan
 
 
 def print_plan(plan: StagePlan, console: Console) -> None:

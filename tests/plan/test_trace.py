@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from difftune import plan_step, plan_trace
 from difftune.config import load_config
 from difftune.modeling import DiffTransformerConfig
-from difftune.plan_model import architecture
-from difftune.plan_step import Machine, phases
-from difftune.plan_trace import Phase, kept_a_block
+from difftune.plan import step as plan_step
+from difftune.plan import trace as plan_trace
+from difftune.plan.model import architecture
+from difftune.plan.step import Machine, phases
+from difftune.plan.trace import Phase, kept_a_block
 
 GPU = Machine(is_gpu=True, devices=1, memory=0, gpu="H100", mfu=0.4)
 CPU = Machine(is_gpu=False, devices=1, memory=0, gpu="H100", mfu=0.4)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.plan import CONFIGURATIONS, DOCUMENTS_A_ROW, allocated_peak, overrides
-from difftune import plan_step
 from difftune.config import load_config
-from difftune.plan import GIB, RESERVE, plan_stages
+from difftune.plan import step as plan_step
+from difftune.plan.stages import GIB, RESERVE, plan_stages
 
 PAPER_3B = [
     "tokenizer=null",

@@ -16,8 +16,8 @@ from difftune.data.forecast import Forecast
 from difftune.environment import total_memory_bytes
 from difftune.modeling import DiffTransformerConfig, count_parameters
 from difftune.ops.linear_cross_entropy import CHUNK_ELEMENTS
-from difftune.plan_model import architecture, build_skeleton
-from difftune.plan_step import (
+from difftune.plan.model import architecture, build_skeleton
+from difftune.plan.step import (
     DOCUMENTS_A_ROW,
     PROMPT_TOKENS,
     Machine,
@@ -28,7 +28,7 @@ from difftune.plan_step import (
     shards,
     trained_tokens,
 )
-from difftune.plan_trace import fused_kernels_cover, kept_a_block
+from difftune.plan.trace import fused_kernels_cover, kept_a_block
 from difftune.training.flops import PEAKS, ModelFlops
 from difftune.training.strategies import choose_strategy
 
