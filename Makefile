@@ -64,6 +64,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.packed_attention
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.sharded_load
 	$(BIN)/python -m benchmarks.divergence
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.recover_v1

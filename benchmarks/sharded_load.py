@@ -89,7 +89,9 @@ def load_whole(folder: Path) -> float:
     torch.set_num_threads(1)
     gc.collect()
     memory = PeakMemory()
-    load_model(folder)
+    model = load_model(folder)
+    # Until they are read, the weights are a mapped file that takes no memory.
+    assert all(torch.isfinite(parameter.sum()) for parameter in model.parameters())
     return memory.above_start_gib
 
 

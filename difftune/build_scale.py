@@ -73,7 +73,7 @@ def build_stage_strategy(stage: StageConfig) -> Strategy | str:
         reshard_after_forward=fsdp.reshard_after_forward,
         cpu_offload=fsdp.cpu_offload,
         param_dtype=None if fsdp.param_dtype is None else getattr(torch, fsdp.param_dtype),
-        reduce_dtype=None if fsdp.reduce_dtype is None else getattr(torch, fsdp.reduce_dtype),
+        reduce_dtype=getattr(torch, fsdp.reduce_dtype or "float32"),
     )
 
 

@@ -66,7 +66,8 @@ def test_the_settings_of_fsdp_reach_the_strategy():
     strategy = build_stage_strategy(config.resolved_stages()[0])
     assert isinstance(strategy, FSDP2Strategy)
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (2, 2)
-    assert strategy.sharding == {"param_dtype": torch.bfloat16, "reduce_dtype": None, "reshard_after_forward": False}
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    assert strategy.sharding == {**dtypes, "reshard_after_forward": False}
 
 
 @pytest.mark.parametrize(
