@@ -254,7 +254,7 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
             if changed["rope_parameters"]["rope_type"] in ("yarn", "llama3", "longrope"):
                 # Of a model that was extended before, such as that of an earlier stage, where it began.
                 key = "original_max_position_embeddings"
-                original = self.config.rope_parameters.get(key, self.config.max_position_embeddings)
+                original = (self.config.rope_parameters or {}).get(key, self.config.max_position_embeddings)
                 changed["rope_parameters"].setdefault(key, original)
         if max_position_embeddings is not None:
             changed["max_position_embeddings"] = max_position_embeddings
