@@ -197,6 +197,7 @@ def test_the_architecture_keys_are_those_of_the_model() -> None:
         "dtype",
         "quantization",
         "gradient_checkpointing",
+        "gradient_checkpointing_every",
     }
     set_by_us = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
     theirs = {f.name for f in dataclasses.fields(DiffTransformerConfig)} & set(DiffTransformerConfig.__annotations__)

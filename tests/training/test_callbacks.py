@@ -56,7 +56,7 @@ def test_throughput_counts_the_training_and_not_the_evaluation():
 
 def batches(first, last):
     data = ToyData(rows=4)
-    data.trainer = type("T", (), {"global_rank": 0, "world_size": 1})
+    data.trainer = type("T", (), {"distributed_sampler_kwargs": None})
     stream = iter(data.train_dataloader().dataset)
     return [next(stream) for _ in range(last)][first:]
 
