@@ -129,7 +129,7 @@ def _evaluated(
 ) -> list[int]:
     """As a scheduled evaluation does; tokens of each text."""
     room = 1 << 60 if fits else 0
-    replicas.free_bytes = lambda device, ranks: room
+    replicas.free_bytes = lambda device, ranks_per_machine: room
     with replicas.plain_weights(model, device=torch.device("cpu"), ranks_per_machine=1) as evaluated:
         found = generate_texts(
             evaluated.model,
@@ -145,9 +145,7 @@ def _evaluated(
 
 
 @torch.no_grad()
-def _naive(
-    model: DiffTransformerForCausalLM, prompts: list[list[int]], numbers: list[int], new_tokens: int
-) -> list[int]:
+def _naive(model: Any, prompts: list[list[int]], numbers: list[int], new_tokens: int) -> list[int]:
     """The sharded model itself, all ranks in step; tokens of each text."""
     tokenizer = build_tokenizer("bytes")
     settings = GenerationConfig(

@@ -112,7 +112,7 @@ def _gather(name: str, parameter: torch.Tensor, device: torch.device) -> torch.T
     tensor: Any = parameter.detach()
     if isinstance(tensor, DTensor):
         # A shard kept on the host cannot be exchanged there.
-        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     # A copy in any case: what the evaluation has is not what is trained.
     return tensor.to(device, _dtype(name, parameter, device), copy=True)
 
@@ -233,7 +233,7 @@ def _twin(module: nn.Module, tensors: dict[int, torch.Tensor], twins: dict[int, 
             return twins[id(original)]
         # fully_shard puts a class of its own before that of the module.
         kind = next(base for base in type(original).__mro__ if not issubclass(base, FSDPModule))
-        twin = kind.__new__(kind)
+        twin: Any = kind.__new__(kind)
         # With its marks, generate() would take the twin for sharded, and exchange something at every token.
         state = {name: value for name, value in vars(original).items() if not name.startswith(_MARKS)}
         state["_parameters"] = {

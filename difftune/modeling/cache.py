@@ -32,6 +32,7 @@ class RoomyLayer(DynamicLayer):
             room = seen + new + max(_LEAST_ROOM, (seen + new) // 4)
             buffers = (_wider(key_states, room), _wider(value_states, room))
             if seen:
+                assert self.keys is not None and self.values is not None
                 buffers[0][:, :, :seen] = self.keys
                 buffers[1][:, :, :seen] = self.values
             self._buffers = buffers

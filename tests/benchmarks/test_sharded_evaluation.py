@@ -4,9 +4,8 @@ from benchmarks import sharded_evaluation
 
 
 def test_a_small_run_prints_the_time_of_all_ways(capsys: pytest.CaptureFixture[str]) -> None:
-    sharded_evaluation.main(
-        ["--prompts", "16", "--new-tokens", "6", "--hidden-size", "32", "--layers", "1", "--rounds", "1"]
-    )
+    size = ["--prompts", "16", "--new-tokens", "6", "--hidden-size", "32", "--layers", "1"]
+    sharded_evaluation.main([*size, "--rounds", "1"])
     printed = capsys.readouterr().out
     assert all(f"| {way} " in printed for way in ("sharded", "by layers", "whole")) and "times sharded" in printed
 

@@ -1,4 +1,4 @@
-"""Trainings that are evaluated as they go on, by name: alone in a test's process, or on ranks as a worker of `ranks.py`.
+"""Trainings evaluated as they go on, by name: alone in a test's process, or on ranks as a worker of `ranks.py`.
 
 Each returns what a test judges: samples and figures of every evaluation, and the course of the training.
 """
