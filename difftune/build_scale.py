@@ -118,11 +118,15 @@ def _settle(config: Config, stage: StageConfig, architecture: DiffTransformerCon
 
 
 def training_bytes(config: Config, architecture: DiffTransformerConfig) -> int:
-    """Weights, gradients and optimiser of a model that is not sharded, as far as they decide about sharding."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in DiffTransformerForCausalLM(architecture).parameters())
+    """Weights, gradients and optimiser of a model that is not sharded; beside an adapter, the frozen weights alone."""
     copies = 1 if config.adapter is not None else _COPIES
-    return copies * count * getattr(torch, config.model.dtype).itemsize
+    return copies * num_parameters(architecture) * getattr(torch, config.model.dtype).itemsize
+
+
+def num_parameters(architecture: DiffTransformerConfig) -> int:
+    """How many parameters a model has, a shared one counted once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiffTransformerForCausalLM(architecture).parameters())
 
 
 def _of_stage(asked: str, settled: str | None) -> str:

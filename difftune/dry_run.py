@@ -15,25 +15,22 @@ from rich.text import Text
 from difftune.data.datamodule import SFTDataModule
 from difftune.environment import total_memory_bytes
 from difftune.evaluation.task import Task
-from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.callbacks import peak_memory_gib
 from difftune.training.finetune import FinetuneModule
 
 SAMPLE_CHARACTERS = 2000
 
-# Weights, gradients and two moments of AdamW, all in the dtype of the weights.
-_COPIES = 4
 
-
-def report_size(console: Console, config: DiffTransformerConfig, dtype: torch.dtype) -> bool:
-    """Print parameters and training memory of an architecture; return whether it is too large for this machine.
+def report_size(console: Console, count: int, needed: int) -> bool:
+    """Print parameters and training memory of a model; return whether it is too large for this machine.
 
     Activations come on top: a step that is said to fit can still run out of memory.
+
+    Args:
+        console: Where to.
+        count: Parameters.
+        needed: Bytes of weights, gradients and optimiser.
     """
-    with torch.device("meta"):
-        model = DiffTransformerForCausalLM(config)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    needed = _COPIES * count * dtype.itemsize
     device, available = _memory()
     console.print(
         f"{count:,} parameters; weights, gradients and optimiser need {needed / 2**30:.1f} GiB of the "
@@ -75,18 +72,7 @@ def dry_run_stage(
         )
         return
     started = time.perf_counter()
-    trainer = Trainer(
-        max_steps=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        devices=1,
-        gradient_clip_val=1.0,
-    )
-    trainer.fit(module, data)
+    _bare_trainer(max_steps=1).fit(module, data)
     loss, norm = module.logged["train/loss"], module.logged["train/grad_norm"]
     console.print(
         f"\none step on one micro-batch: loss {loss:.4f} nats a label token, gradient norm {norm:.3f}, "
@@ -109,11 +95,15 @@ class StepCost:
 def measure_step(module: FinetuneModule, data: SFTDataModule, accelerator: str) -> StepCost:
     """Take three optimiser steps of one micro-batch each on one device, and time the last two."""
     clock = _Clock()
-    trainer = Trainer(
-        accelerator=accelerator,
-        max_steps=3,
+    _bare_trainer(max_steps=3, accelerator=accelerator, callbacks=[clock]).fit(module, data)
+    seconds = (clock.ends[-1] - clock.ends[0]) / max(1, len(clock.ends) - 1)
+    return StepCost(seconds, peak_memory_gib(module.device), module.tokens_seen // len(clock.ends))
+
+
+def _bare_trainer(**settings: Any) -> Trainer:
+    """One device, one micro-batch a step, and nothing written."""
+    return Trainer(
         max_epochs=1,
-        callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -121,10 +111,8 @@ def measure_step(module: FinetuneModule, data: SFTDataModule, accelerator: str) 
         use_distributed_sampler=False,
         devices=1,
         gradient_clip_val=1.0,
+        **settings,
     )
-    trainer.fit(module, data)
-    seconds = (clock.ends[-1] - clock.ends[0]) / max(1, len(clock.ends) - 1)
-    return StepCost(seconds, peak_memory_gib(module.device), module.tokens_seen // len(clock.ends))
 
 
 class _Clock(Callback):

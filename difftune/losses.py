@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from difftune.ops.linear_cross_entropy import CHUNK_ELEMENTS
+from difftune.ops.linear_cross_entropy import CHUNK_ELEMENTS, chunk_starts
 
 
 class TeacherStates(NamedTuple):
@@ -237,7 +237,7 @@ class _LinearDivergence(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
         loss_sum = hidden.new_zeros((), dtype=accumulate)
-        for start in range(0, len(hidden), rows):
+        for start in chunk_starts(len(hidden), rows):
             chunk = slice(start, start + rows)
             h = hidden[chunk]
             log_q = _log_softmax(h @ weight.T, temperature)

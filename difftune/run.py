@@ -22,7 +22,7 @@ from difftune.build import (
     build_trainer,
     fresh_architecture,
 )
-from difftune.build_scale import is_sharded, settle_strategies
+from difftune.build_scale import is_sharded, num_parameters, settle_strategies, training_bytes
 from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
 from difftune.checkpoints.export import ExportReport, export_model
 from difftune.checkpoints.load import load_model
@@ -289,7 +289,7 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     too_large = False
     if config.model.path is None:
         architecture = fresh_architecture(config.model, tokenizer)
-        too_large = report_size(console, architecture, getattr(torch, config.model.dtype))
+        too_large = report_size(console, num_parameters(architecture), training_bytes(config, architecture))
     model = build_model(config.model, tokenizer, config.seed, device="meta" if too_large else "cpu")
     adapted = build_adapter(config, model)
     if adapted is not None:

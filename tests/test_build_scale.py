@@ -3,8 +3,15 @@ import torch
 
 from difftune import build_scale
 from difftune.build import build_architecture, build_model, build_tokenizer
-from difftune.build_scale import build_stage_strategy, is_sharded, settle_strategies
+from difftune.build_scale import (
+    build_stage_strategy,
+    is_sharded,
+    num_parameters,
+    settle_strategies,
+    training_bytes,
+)
 from difftune.config import load_config
+from difftune.modeling import DiffTransformerConfig
 from difftune.training.strategies import FSDP2Strategy
 from tests.conftest import ROOT
 
@@ -29,14 +36,24 @@ def test_one_device_needs_no_strategy():
 def test_auto_weighs_the_training_against_a_device_and_says_so(monkeypatch, caplog, share, expected):
     config = load_config(QUICKSTART, ["trainer.devices=2"])
     architecture = build_architecture(config.model, build_tokenizer(config))
-    with torch.device("meta"):
-        count = sum(p.numel() for p in build_scale.DiffTransformerForCausalLM(architecture).parameters())
+    count = num_parameters(architecture)
     monkeypatch.setattr(build_scale, "total_memory_bytes", lambda: int(2 * share * 4 * 4 * count))
     with caplog.at_level("INFO", logger="difftune.build_scale"):
         result = settle_strategies(config, architecture)
     assert names(result) == [expected, expected]
     assert f"strategy {expected} on 2 devices: weights, gradients and optimiser take" in caplog.text
     assert is_sharded(result) == (expected == "fsdp")
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 2)])
+def test_the_size_of_training_is_four_copies_of_the_weights(dtype, bytes_each):
+    architecture = DiffTransformerConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    count = 100 * 64 * 2 + 64 * 64 * 4 + 3 * 64 * 64 + 3 * 64 + 4 * 16 + 32
+    config = load_config(QUICKSTART, [f"model.dtype={dtype}"])
+    assert num_parameters(architecture) == count
+    assert training_bytes(config, architecture) == 4 * count * bytes_each
 
 
 def test_what_cannot_be_sharded_is_refused_where_auto_would_shard_it(monkeypatch):

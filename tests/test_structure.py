@@ -77,6 +77,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "data",
         "environment",
         "evaluation",
+        "losses",
         "modeling",
         "ops",
         "training",

@@ -22,10 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from difftune import losses
 from difftune.evaluation.attention_calls import AttentionCall, attention_calls
 from difftune.modeling import layers as layers_module
 from difftune.modeling.modeling import DecoderLayer
 from difftune.ops import Documents
+from difftune.ops.linear_cross_entropy import chunk_starts
 from difftune.ops.triton.attention import triton_diff_attention
 from difftune.ops.triton.tiles import TILES
 
@@ -303,19 +305,20 @@ def _tensors(batch: dict[str, Any]) -> list[torch.Tensor]:
 @contextlib.contextmanager
 def _few_chunks() -> Iterator[None]:
     """Let the loss look at the first two chunks of tokens and the last: those between need the same memory."""
-    # The package has a function of the module's name.
-    module: Any = importlib.import_module("difftune.ops.linear_cross_entropy")
-    original = module.chunk_starts
+    # The package of the first has a function of the module's name.
+    modules: list[Any] = [importlib.import_module("difftune.ops.linear_cross_entropy"), losses]
 
     def few(count: int, rows: int) -> list[int]:
-        starts = list(original(count, rows))
+        starts = list(chunk_starts(count, rows))
         return starts if len(starts) <= 3 else [*starts[:2], starts[-1]]
 
-    module.chunk_starts = few
+    for module in modules:
+        module.chunk_starts = few
     try:
         yield
     finally:
-        module.chunk_starts = original
+        for module in modules:
+            module.chunk_starts = chunk_starts
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """The phases of a traced step, and what a GPU's kernels keep."""
 
+import contextlib
 from dataclasses import astuple
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from difftune import losses
 from difftune.config import load_config
 from difftune.modeling import DiffTransformerConfig
 from difftune.plan import step as plan_step
@@ -82,6 +86,30 @@ def test_mixed_precision_keeps_less_of_a_block_than_float32() -> None:
     wide, _ = traced(GPU)
     mixed, _ = traced(GPU, "trainer.precision=bf16-mixed")
     assert kept_a_block(mixed) < 0.75 * kept_a_block(wide)
+
+
+def test_a_teacher_is_traced_over_a_few_chunks_which_need_the_memory_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = 100_288
+    DiffTransformerConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    ).save_pretrained(tmp_path)
+    keys = (f"model.vocab_size={vocabulary}", f"distill.teacher={tmp_path}", "data.micro_batch_size=8")
+    chunks = []
+
+    def counted(*arguments: Any) -> Any:
+        chunks.append(1)
+        return losses.forward_kl(*arguments)
+
+    monkeypatch.setitem(losses.DIVERGENCES, "forward_kl", counted)
+    few, _ = traced(CPU, *keys)
+    assert len(chunks) == 3
+    monkeypatch.setattr(plan_trace, "_few_chunks", contextlib.nullcontext)
+    monkeypatch.setattr(plan_step, "_traced", {})
+    every, _ = traced(CPU, *keys)
+    assert len(chunks) > 3 + 5
+    assert list(map(astuple, few)) == list(map(astuple, every))
 
 
 def test_a_cpu_is_traced_with_its_own_attention() -> None:
