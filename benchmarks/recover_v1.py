@@ -21,10 +21,10 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.common import machine, table
-from benchmarks.upcycle_v1 import LENGTH, ROWS, build, library_bytes, loss, rows_of, train
+from benchmarks.upcycle_v1 import LENGTH, ROWS, build, library_bytes, llama_config, loss, rows_of, train
 from difftune.checkpoints.llama import config_from_llama
 from difftune.checkpoints.streams import in_order
 from difftune.checkpoints.upcycle import config_to_v1, to_diff_v1
@@ -102,19 +102,7 @@ def recover(
 def prepare(seed: int, hidden_size: int, steps: int, learned: torch.Tensor) -> tuple[LlamaForCausalLM, nn.Module]:
     """A Llama that was trained, and what `difftune convert` makes of it."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = llama_config(hidden_size, 3 * hidden_size)
     llama = train(LlamaForCausalLM(config), learned, steps, 3e-3, seed=2 * seed + 1)
     own = config_from_llama(config)
     target = config_to_v1(own, subln="plain", lambda_init=0.05)

@@ -112,14 +112,12 @@ WAYS: list[tuple[str, str, float | None, Callable[[DiffTransformerConfig, Tensor
 ]
 
 
-def measure(seed: int, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Loss after the conversion and after the training that follows, by way, from a Llama of this seed."""
-    torch.manual_seed(seed)
-    learned, held_out = library_bytes()
-    config = LlamaConfig(
+def llama_config(hidden_size: int, intermediate_size: int) -> LlamaConfig:
+    """A Llama of four layers over bytes."""
+    return LlamaConfig(
         vocab_size=256,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 11 // 4,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -129,6 +127,13 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, tuple[float, float
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def measure(seed: int, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Loss after the conversion and after the training that follows, by way, from a Llama of this seed."""
+    torch.manual_seed(seed)
+    learned, held_out = library_bytes()
+    config = llama_config(args.hidden_size, args.hidden_size * 11 // 4)
     source = train(LlamaForCausalLM(config), learned, args.steps, 3e-3, seed=2 * seed + 1)
     own = config_from_llama(config)
     tensors = {name: tensor for name, tensor in source.state_dict().items() if name != "lm_head.weight"}

@@ -67,7 +67,7 @@ def make_llama(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
     return model
 
 
-class _WideTorch:
+class WideTorch:
     """torch, but what transformers computes in float32 whatever the model's dtype, it computes in float64."""
 
     float32 = torch.float64
@@ -79,7 +79,7 @@ class _WideTorch:
 @pytest.fixture
 def truly_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3):
-        monkeypatch.setattr(module, "torch", _WideTorch())
+        monkeypatch.setattr(module, "torch", WideTorch())
 
 
 def token_ids(*shape: int) -> torch.Tensor:

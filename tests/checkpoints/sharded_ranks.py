@@ -16,7 +16,7 @@ from difftune.modeling import DiffTransformerForCausalLM
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
 from difftune.training.sharding import shard_model
-from tests.training.scale_ranks import tiny_model, whole
+from tests.training.scale_ranks import fresh_skeleton, tiny_model, whole
 
 ADAPTERS = {
     "plain": None,
@@ -70,12 +70,6 @@ def compare(mesh, build_skeleton, build_one, adapter):
     }
 
 
-def fresh_skeleton(config):
-    with torch.device("meta"):
-        model = DiffTransformerForCausalLM(config)
-    return model, FreshWeights(partial(DiffTransformerForCausalLM, config), 11)
-
-
 def fresh(config):
     torch.manual_seed(11)
     return DiffTransformerForCausalLM(config)
@@ -98,7 +92,7 @@ def main(arguments):
     for tied in (True, False):
         config = tiny_model(tie_word_embeddings=tied, num_hidden_layers=2).config
         name = "tied" if tied else "untied"
-        results[f"fresh-{name}"] = compare(mesh, partial(fresh_skeleton, config), partial(fresh, config), "plain")
+        results[f"fresh-{name}"] = compare(mesh, partial(fresh_skeleton, config, 11), partial(fresh, config), "plain")
     if torch.distributed.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

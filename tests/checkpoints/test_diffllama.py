@@ -11,6 +11,7 @@ from transformers.models.diffllama import modeling_diffllama
 
 from difftune.checkpoints.diffllama import export_diffllama, load_diffllama
 from difftune.modeling import DiffTransformerForCausalLM
+from tests.checkpoints.llamas import WideTorch
 
 MakeForeign = Callable[..., DiffLlamaForCausalLM]
 MakeModel = Callable[..., DiffTransformerForCausalLM]
@@ -36,18 +37,9 @@ SHAPES = {
 each_shape = pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 
 
-class _WideTorch:
-    """torch, but what transformers computes in float32 whatever the model's dtype, it computes in float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @pytest.fixture
 def truly_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(modeling_diffllama, "torch", _WideTorch())
+    monkeypatch.setattr(modeling_diffllama, "torch", WideTorch())
     yield
 
 

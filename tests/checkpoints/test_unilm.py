@@ -14,6 +14,7 @@ from difftune.checkpoints.diffllama import export_diffllama, load_diffllama
 from difftune.checkpoints.unilm import read_unilm, tensors_from_unilm, tensors_to_unilm, write_unilm
 from difftune.checkpoints.unilm_config import config_from_unilm
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
+from tests.checkpoints.llamas import WideTorch
 
 MakeModel = Callable[..., DiffTransformerForCausalLM]
 State = dict[str, torch.Tensor]
@@ -248,15 +249,6 @@ def test_bfloat16_round_trip_through_diffllama_keeps_values_and_dtypes(tmp_path:
     assert_same(dict(tensors_to_unilm(back.state_dict().items(), back.config)), state)
 
 
-class _WideTorch:
-    """torch, but what transformers computes in float32 whatever the model's dtype, it computes in float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @each_shape
 def test_round_trip_with_a_folded_norm_keeps_the_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -276,7 +268,7 @@ def test_round_trip_with_a_folded_norm_keeps_the_logits(
     # In float32 this cannot be asked to 1e-6 of the scale: one forward, of the model that was read and before any fold,
     # is already off by more. In float64 the folding, which was rounded to float32 once, is all that is left.
     assert (expected - by_equations).abs().max() > 1e-7 * scale
-    monkeypatch.setattr(modeling_diffllama, "torch", _WideTorch())
+    monkeypatch.setattr(modeling_diffllama, "torch", WideTorch())
     for model in (last, foreign):
         assert 0 < (logits(model.double(), ids) - by_equations).abs().max() <= 1e-6 * scale
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import seed_everything
-from torch.distributed.tensor import DTensor
 
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
@@ -13,6 +12,7 @@ from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.training.context_parallel import build_context_group, split_batch
 from difftune.training.finetune import FinetuneModule
 from difftune.training.strategies import FSDP2Strategy, build_strategy
+from tests.training.scale_ranks import whole
 from tests.training.toy import build_trainer
 
 KINDS = ("diff_v1", "diff_v2", "softmax")
@@ -91,8 +91,7 @@ def train(packing, strategy="auto", devices=1, context_parallel_size=1):
     trainer.fit(module, data)
     logged = {name: module.logged[name] for name in ("train/loss", "train/grad_norm", "train/label_tokens")}
     counted = {"tokens": module.tokens_seen, "rows": data.state_dict()["rows_consumed"]}
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.model.parameters()]
-    return torch.cat([p.detach().flatten() for p in whole]), logged, counted
+    return torch.cat([whole(p).flatten() for p in module.model.parameters()]), logged, counted
 
 
 def main(arguments):

@@ -97,12 +97,11 @@ def tiny_config(**settings):
     return DiffTransformerConfig(**{**architecture, **settings})
 
 
-def tiny_skeleton():
-    """The tiny model on the meta device, and what fills it."""
-    config = tiny_config()
+def fresh_skeleton(config, seed):
+    """A model on the meta device, and the weights that a fresh one with this seed has."""
     with torch.device("meta"):
         model = DiffTransformerForCausalLM(config)
-    return model, partial(fill_model, weights=FreshWeights(partial(DiffTransformerForCausalLM, config), 3))
+    return model, FreshWeights(partial(DiffTransformerForCausalLM, config), seed)
 
 
 def whole(tensor):
@@ -129,7 +128,8 @@ def train(
     """Train one scenario; return its curve, its parameters by name, and what every rank had counted."""
     model, load_weights = cast_weights(tiny_model(**(architecture or {})), dtype), None
     if skeleton and devices > 1:
-        model, load_weights = tiny_skeleton()
+        model, weights = fresh_skeleton(tiny_config(), seed=3)
+        load_weights = partial(fill_model, weights=weights)
     if lora:
         seed_everything(4, verbose=False)
         add_adapter(model, AdapterSettings(rank=4, alpha=8))

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Not from conftest.py, which chooses Triton's interpreter when it is imported.
+ROOT = Path(__file__).resolve().parents[3]
 RECORD = Path(__file__).with_suffix(".json")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 FLOATS = {"lam_ptr", "weight_ptr", "lse1_ptr", "lse2_ptr", "delta1_ptr", "delta2_ptr"}
@@ -28,6 +30,15 @@ KERNELS = [
     *((80, name, "v1", D) for D in (64, 128) for name in ("forward", "keys")),
     (80, "queries", "v1", 128),
 ]
+
+
+def counted_by(module: str) -> list[dict[str, Any]]:
+    """What a module as this one prints, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    result = subprocess.run([sys.executable, "-m", module], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found: list[dict[str, Any]] = json.loads(result.stdout)
+    return found
 
 
 def compile_kernel(arch: int, name: str, kind: str, D: int, **features: bool) -> tuple[Any, str]:

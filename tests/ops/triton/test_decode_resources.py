@@ -1,24 +1,14 @@
 """Two programs of the decode kernel fit a multiprocessor, and none spills: counted without a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
 from tests.ops.triton.decode_resources import KERNELS
-from tests.ops.triton.resources import SHARED_LIMIT
+from tests.ops.triton.resources import SHARED_LIMIT, counted_by
 
 
 @pytest.fixture(scope="module")
 def measured():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, "-m", "tests.ops.triton.decode_resources"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+    return counted_by("tests.ops.triton.decode_resources")
 
 
 @pytest.mark.slow

@@ -1,26 +1,18 @@
 """A change that makes a kernel spill more registers, or need more memory than a GPU has, fails here, without one."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import triton
 
-from tests.conftest import ROOT
-from tests.ops.triton.resources import KERNELS, RECORD, SHARED_LIMIT, count
+from tests.ops.triton.resources import KERNELS, RECORD, SHARED_LIMIT, count, counted_by
 
 NAMES = [f"sm_{arch} {name} {kind} D={D}" for arch, name, kind, D in KERNELS]
 
 
 @pytest.fixture(scope="module")
 def measured():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, "-m", "tests.ops.triton.resources"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+    return counted_by("tests.ops.triton.resources")
 
 
 @pytest.mark.slow
