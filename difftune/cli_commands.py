@@ -298,7 +298,7 @@ def command_help(name: str) -> str:
     for option in (*command.options, *(COMMON if command.reads_recipe else COMMON[2:])):
         left = f"--{option.name}" + (f" {option.metavar}" if option.metavar else "")
         key = f"  [{option.key}]" if option.key else ""
-        lines.append(f"  {left:<22}{option.help}{key}")
+        lines.append(f"  {left:<21} {option.help}{key}")
     options = "\n".join(lines)
     if not command.reads_recipe:
         return f"""usage: difftune {name} {command.operand}{" ..." if command.many else ""} [options]
