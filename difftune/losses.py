@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from difftune.ops.linear_cross_entropy import CHUNK_ELEMENTS, chunk_starts
+from difftune.ops.linear_cross_entropy import CHUNK_ELEMENTS, accumulate_gradients, chunk_starts
 
 
 class TeacherStates(NamedTuple):
@@ -252,13 +252,8 @@ class _LinearDivergence(torch.autograd.Function):
             # Through log-softmax: d/dz = g - softmax(z) sum(g). T^2 of the loss over T of the logits leaves T.
             total = grad.sum(-1, keepdim=True)
             grad_logits = grad.sub_(log_q.exp_().mul_(total)).mul_(temperature).to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                if hidden.dtype == accumulate:
-                    grad_weight.addmm_(grad_logits.T, h)
-                else:
-                    grad_weight += grad_logits.T @ h
+            out = None if grad_hidden is None else grad_hidden[chunk]
+            accumulate_gradients(grad_logits, h, weight, out, grad_weight)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss_sum
 

@@ -32,6 +32,7 @@ from difftune.dry_run import StepCost, measure_step
 from difftune.evaluation.math import MathTask
 from difftune.report.data_check import FILE_NAME, draw_data_check
 from difftune.run_folder import write_json
+from difftune.training.strategies import kind_of_device
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,7 @@ def _store_teacher(
     # The student's head decides how much of the teacher's vocabulary counts.
     vocab_size = build_model(config.model, tokenizer, config.seed, device="meta").config.vocab_size
     model = build_teacher(stage, tokenizer, vocab_size)
-    wanted = stage.trainer.accelerator
-    model.to(torch.device({"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(wanted, wanted)))
+    model.to(torch.device(kind_of_device(stage.trainer.accelerator)))
     top_k = min(settings.top_k, vocab_size)
     if top_k < settings.top_k:
         raise ValueError(f"distill.top_k: {settings.top_k} is more than the {vocab_size} tokens of the vocabulary")

@@ -45,6 +45,7 @@ from difftune.training.checkpoint_io import step_of
 from difftune.training.context_parallel import require_divisible
 from difftune.training.preemption import Preemption
 from difftune.training.slurm import requeue_if_asked
+from difftune.training.strategies import kind_of_device
 
 log = logging.getLogger(__name__)
 
@@ -310,8 +311,7 @@ def _load_for_inference(
     if config.model.quantization is not None:
         log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
     if device is None:
-        wanted = config.trainer.accelerator
-        device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(wanted, wanted)
+        device = kind_of_device(config.trainer.accelerator)
     model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
     return model, build_tokenizer(config)
 

@@ -44,3 +44,20 @@ def test_the_commands_are_understood(line):
 def test_the_checkpoint_that_the_readme_exports_is_the_quickstarts_last():
     steps = load_config(ROOT / "recipes" / "quickstart.yaml").stages[-1].trainer.max_steps
     assert f"checkpoints/traces/step-{steps:08d} " in README
+
+
+def anchors_of(text):
+    """What a link can name in a Markdown file, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: path.name
+)
+def test_links_between_documents_lead_somewhere(path):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text())
+    for target, anchor in links:
+        found = path.parent / target if target else path
+        assert found.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors_of(found.read_text()), f"{path.name} links to {target}#{anchor}"

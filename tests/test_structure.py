@@ -83,7 +83,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "training",
     },
     "run_plan": {*CONFIG, "plan", "terminal"},
-    "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder"},
+    "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder", "training"},
     "run": {
         *CONFIG,
         "build",

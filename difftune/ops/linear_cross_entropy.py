@@ -90,6 +90,33 @@ def chunk_starts(count: int, rows: int) -> range:
     return range(0, count, rows)
 
 
+def accumulate_gradients(
+    grad_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
+    """Write what the logits of a chunk leave to its hidden states, and add what they leave to the head, in place.
+
+    Equals ``grad_hidden[:] = grad_logits @ weight`` and ``grad_weight += grad_logits.T @ hidden``.
+
+    Args:
+        grad_logits: Gradient of the chunk's logits, shape ``(N, V)``, in the dtype of the product.
+        hidden: Its hidden states, shape ``(N, C)``.
+        weight: Weight of the head, shape ``(V, C)``.
+        grad_hidden: Gradient of these hidden states, shape ``(N, C)``; None where nobody wants it.
+        grad_weight: Gradient of the head so far, shape ``(V, C)``, in float32 at least; None where nobody wants it.
+    """
+    if grad_hidden is not None:
+        torch.mm(grad_logits, weight, out=grad_hidden)
+    if grad_weight is not None:
+        if hidden.dtype == grad_weight.dtype:
+            grad_weight.addmm_(grad_logits.T, hidden)
+        else:
+            grad_weight += grad_logits.T @ hidden
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -115,13 +142,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = logits.mul_((1 + 2 * z_loss * lse) / total)
             grad_logits.scatter_add_(1, label, grad_logits.new_full((1, 1), -1.0).expand_as(label))
             grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                if hidden.dtype == accumulate:
-                    grad_weight.addmm_(grad_logits.T, h)
-                else:
-                    grad_weight += grad_logits.T @ h
+            out = None if grad_hidden is None else grad_hidden[start : start + rows]
+            accumulate_gradients(grad_logits, h, weight, out, grad_weight)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss_sum
 
