@@ -133,7 +133,7 @@ def test_a_batch_without_labels_needs_nothing_stored():
 def as_it_is(seen):
     """A sampler that takes note of its batches and leaves them as they are."""
 
-    def take(model, batch, number, rank):
+    def take(model, batch, number, rank, ranks_per_machine):
         seen.append(number)
         return batch
 
