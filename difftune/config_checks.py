@@ -173,11 +173,6 @@ def _distill_problems(stage: StageConfig) -> list[str]:
             "distill.on_policy_share: what the student will write is not known when a teacher is stored; leave out "
             "top_k, or set on_policy_share=0"
         )
-    if distill.on_policy_share and stage.trainer.strategy == "fsdp":
-        problems.append(
-            "distill.on_policy_share: a student that is sharded cannot write answers while it is trained; set "
-            "trainer.strategy=ddp, or on_policy_share=0"
-        )
     if distill.teacher is not None and stage.trainer.fsdp.tensor_parallel_size > 1:
         problems.append(
             "trainer.fsdp.tensor_parallel_size: divides the student's head, which is compared with the teacher's whole;"

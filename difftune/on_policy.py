@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from difftune.data.batches import IGNORE_INDEX, Batch, packed_batch, padded_batch
 from difftune.data.chat import Encoded
 from difftune.evaluation.generation import generate_texts
+from difftune.evaluation.replicas import plain_weights
 
 PROMPTS_AT_ONCE = 64
 """Answers decoded together, at most."""
@@ -39,23 +39,24 @@ class StudentSampler:
         self._tokenizer = tokenizer
         self._seq_len, self._max_new_tokens, self._seed = seq_len, max_new_tokens, seed
 
-    def __call__(self, model: nn.Module, batch: Batch, number: int, rank: int) -> Batch:
+    def __call__(self, model: nn.Module, batch: Batch, number: int, rank: int, ranks_per_machine: int = 1) -> Batch:
         """The batch with the student's answers, on the device of the batch.
 
         Args:
-            model: The student; left in the mode in which it is.
+            model: The student; left in the mode in which it is. One that is sharded is gathered for as long as it
+                writes (`difftune.evaluation.replicas`), and all ranks must call this for the same batches.
             batch: As `difftune.data.batches` makes them.
             number: Of the batch in the run.
             rank: Of this process.
-
-        Raises:
-            ValueError: If the student is sharded: its ranks would end their answers apart, and wait for ever.
+            ranks_per_machine: How many share a machine's memory.
         """
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise ValueError(
-                "distill.on_policy_share: a student that is sharded cannot write answers while it is trained; set "
-                "trainer.strategy=ddp, or on_policy_share=0"
-            )
+        with plain_weights(model, device=batch["input_ids"].device, ranks_per_machine=ranks_per_machine) as evaluated:
+            own = self._own(evaluated.model, batch, number, rank)
+            # Other ranks may still be writing.
+            evaluated.finish()
+        return own
+
+    def _own(self, model: nn.Module, batch: Batch, number: int, rank: int) -> Batch:
         device, pad_id = batch["input_ids"].device, self._tokenizer.pad_token_id
         assert isinstance(pad_id, int), "build_tokenizer gives a padding token"
         rows = _prompts(batch)

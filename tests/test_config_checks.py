@@ -63,10 +63,6 @@ def refusal(*overrides: str, command: str = "fit") -> list[str]:
             "distill.on_policy_share: what the student will write is not known when a teacher is stored; leave out",
         ),
         (
-            ["distill.teacher=t", "distill.on_policy_share=0.5", "trainer.strategy=fsdp"],
-            "distill.on_policy_share: a student that is sharded cannot write answers while it is trained",
-        ),
-        (
             ["distill.teacher=t", "trainer.strategy=fsdp", "trainer.fsdp.tensor_parallel_size=2"],
             "trainer.fsdp.tensor_parallel_size: divides the student's head, which is compared with the teacher's whole",
         ),

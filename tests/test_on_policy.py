@@ -3,7 +3,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from difftune import on_policy
 from difftune.data.batches import packed_batch
 from difftune.data.chat import encode_examples
 from difftune.data.formats import Example
@@ -107,9 +106,3 @@ def test_a_rank_without_rows_keeps_its_padding(packing):
     batch["labels"].fill_(-100)
     own = sample(batch)
     assert not (own["labels"] != -100).any() and len(own["input_ids"]) == 2
-
-
-def test_a_sharded_student_is_refused(monkeypatch):
-    monkeypatch.setattr(on_policy, "DTensor", torch.nn.Parameter)
-    with pytest.raises(ValueError, match=r"sharded cannot write answers .* trainer\.strategy=ddp"):
-        sample(one_batch(build_arithmetic()))

@@ -173,6 +173,9 @@ def _read(
     text = tokenizer.decode(row[:-1] if ended else row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     marks = [at for mark in stop if (at := text.find(mark)) >= 0]
+    if ended and marks:
+        # Nothing is written behind a stop string: without a padding token, this is what the row was padded with.
+        row = row[:-1]
     text = text[: min(marks)] if marks else text
     # A row that is short although the time was not over met a stop string that began in its prompt.
     short = len(row) < max_new_tokens

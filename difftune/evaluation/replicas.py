@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 _MARKS = ("__composable", "_is_fsdp", "_fsdp")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TABLES = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
 class Evaluated:
@@ -241,7 +242,11 @@ def _twin(module: nn.Module, tensors: dict[int, torch.Tensor], twins: dict[int, 
             for name, parameter in original._parameters.items()
         }
         state["_buffers"] = dict(original._buffers)
+        # Tables of their own, or a hook of the twin would be noted in those of the module.
+        state |= {name: table.copy() for name, table in state.items() if name.endswith(_TABLES)}
         state |= {name: _without_exchanges(state[name]) for name in _HOOKS}
+        # What was compiled in place would run the module itself.
+        state.pop("_compiled_call_impl", None)
         vars(twin).update(state)
         twins[id(original)] = twin
         vars(twin)["_modules"] = {

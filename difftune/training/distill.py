@@ -18,8 +18,9 @@ from difftune.training.teachers import OnlineTeacher
 STORED = ("teacher_indices", "teacher_log_probs", "teacher_log_tail")
 """Keys of a batch that hold a stored teacher: the fields of `TopK`, a row for each label token of the batch."""
 
-Sampler = Callable[[nn.Module, dict[str, torch.Tensor], int, int], dict[str, torch.Tensor]]
-"""From the student, a batch, its number in the run and the rank to a batch whose answers the student wrote."""
+Sampler = Callable[[nn.Module, dict[str, torch.Tensor], int, int, int], dict[str, torch.Tensor]]
+"""From the student, a batch, its number in the run, the rank, and the ranks of a machine to a batch whose answers the
+student wrote; called on all ranks."""
 
 
 class DistillModule(FinetuneModule):
@@ -113,7 +114,8 @@ class DistillModule(FinetuneModule):
         is_own = self._is_own()
         if is_own:
             assert self.on_policy is not None, "see _is_own"
-            batch = self.on_policy(self.model, batch, self.batches_seen, self.global_rank)
+            ranks = self.trainer.num_devices
+            batch = self.on_policy(self.model, batch, self.batches_seen, self.global_rank, ranks)
         self.batches_seen += 1
         labels = batch["labels"]
         align_weight = self._align_weight()

@@ -1,3 +1,4 @@
+import copy
 import logging
 import random
 import time
@@ -194,6 +195,18 @@ def test_a_stop_string_ends_its_row_only(batch_size: int, tokenizer: PreTrainedT
             assert after.num_tokens <= before.num_tokens
         else:
             assert after == before
+
+
+def test_padding_behind_a_stop_string_is_no_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without a padding token a batch is padded with the end-of-text token."""
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    texts = [text.text for text in generate_texts(tiny_model(), tokenizer, PROMPTS, max_new_tokens=20)]
+    mark = max(texts, key=len)[3:5]
+    settings: dict[str, Any] = {"max_new_tokens": 20, "stop": [mark]}
+    expected, found = (generate_texts(tiny_model(), each, PROMPTS, **settings) for each in (tokenizer, bare))
+    assert found == expected and [text.ids for text in found] == [text.ids for text in expected]
+    assert len({text.num_tokens for text in found}) > 1
 
 
 def test_a_stop_string_that_began_in_the_prompt_ends_the_row(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -133,3 +133,19 @@ def test_a_twin_shares_nothing_that_an_evaluation_changes():
     twin.eval()
     twin[0].register_forward_hook(lambda module, arguments, output: output * 0)
     assert model.training and model[0].training and not torch.equal(twin(x), model(x))
+
+
+def test_a_hook_of_a_twin_is_noted_nowhere_in_the_module():
+    model = nn.Sequential(nn.Linear(2, 2))
+    twin = replicas._twin(model, {id(p): p.detach().clone() for p in model.parameters()}, {})
+    twin[0].register_forward_pre_hook(lambda *arguments: None, with_kwargs=True)
+    twin[0].register_forward_hook(lambda *arguments: None, with_kwargs=True, always_call=True)
+    assert not any(vars(model[0])[name] for name in vars(model[0]) if "_hooks" in name)
+
+
+def test_a_twin_of_a_compiled_module_runs_its_own_weights():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.compile(backend="eager")
+    model[0].compile(backend="eager")
+    twin = replicas._twin(model, {id(p): torch.zeros_like(p) for p in model.parameters()}, {})
+    assert torch.equal(twin(torch.ones(1, 2)), torch.zeros(1, 2))

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -37,6 +39,46 @@ def test_it_goes_on_after_its_tensors_were_replaced(change: str) -> None:
     for number in (1, 2):
         for a, b in zip(ours.update(*states(1, number), 0), theirs.update(*states(1, number), 0), strict=True):
             assert torch.equal(a, b)
+
+
+def test_repeated_rows_go_on_apart() -> None:
+    ours, theirs = build_cache(), DynamicCache()
+    for cache in (ours, theirs):
+        cache.update(*states(6), 0)
+        cache.batch_repeat_interleave(3)
+    new = [torch.cat([states(1, seed)[part] for seed in range(3)]) for part in (0, 1)]
+    for a, b in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_copy_of_a_layer_and_the_layer_both_go_on(deep: bool) -> None:
+    cache = build_cache()
+    cache.update(*states(6), 0)
+    layer = cache.layers[0]
+    other = copy.deepcopy(layer) if deep else copy.copy(layer)
+    mine, theirs = layer.update(*states(1, 1)), other.update(*states(1, 2))
+    for part in (0, 1):
+        assert torch.equal(mine[part], torch.cat((states(6)[part], states(1, 1)[part]), dim=2))
+        assert torch.equal(theirs[part], torch.cat((states(6)[part], states(1, 2)[part]), dim=2))
+
+
+def test_every_second_token_can_be_kept() -> None:
+    cache = build_cache()
+    cache.update(*states(6), 0)
+    layer = cache.layers[0]
+    layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+    for found, old, new in zip(cache.update(*states(1, 1), 0), states(6), states(1, 1), strict=True):
+        assert torch.equal(found, torch.cat((old[:, :, ::2], new), dim=2))
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_states_of_another_type_lose_nothing(types: tuple[torch.dtype, torch.dtype]) -> None:
+    ours, theirs = build_cache(), DynamicCache()
+    for number, dtype in enumerate(types):
+        new = [state.to(dtype) for state in states(3, number)]
+        for a, b in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["diff_v1", "diff_v2", "softmax"])

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from torch.distributed.tensor import DTensor
 
+from difftune.evaluation import replicas
 from difftune.on_policy import StudentSampler
 from difftune.training.distill import DistillModule
 from difftune.training.strategies import build_strategy
@@ -21,12 +22,16 @@ SCENARIOS = {
     "tied": {"tied": True},
     "ours": {"ours": True},
     "on_policy": {"share": 0.5},
+    "on_policy_layers": {"share": 0.5, "room": 0},
 }
 """What to train, by name: arguments of :func:`train`."""
 
 
-def train(strategy, devices, *, tied=False, ours=False, share=0.0):
-    """Train one scenario for five steps; return its curve, its parameters, and which of the teacher's are sharded."""
+def train(strategy, devices, *, tied=False, ours=False, share=0.0, room=None):
+    """Train one scenario for five steps; return its curve, its parameters, and which of the teacher's are sharded.
+
+    ``room`` is the memory that a copy of a sharded student may think it has.
+    """
     teacher = build_student(seed=5, initializer_range=0.3) if ours else build_llama(tie_word_embeddings=tied)
     student = build_student()
     seed_everything(3, verbose=False)
@@ -49,7 +54,13 @@ def train(strategy, devices, *, tied=False, ours=False, share=0.0):
         max_steps=5,
         log_every_n_steps=1,
     )
-    trainer.fit(module, build_arithmetic(micro_batch_size=ROWS // devices))
+    free_bytes = replicas.free_bytes
+    if room is not None:
+        replicas.free_bytes = lambda *unused: room
+    try:
+        trainer.fit(module, build_arithmetic(micro_batch_size=ROWS // devices))
+    finally:
+        replicas.free_bytes = free_bytes
     return {
         "loss": torch.tensor(curve.loss, dtype=torch.float64),
         "norm": torch.tensor(curve.norm, dtype=torch.float64),

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 
+from difftune.modeling.modeling import recompute_blocks
 from difftune.on_policy import StudentSampler
 from difftune.training.checkpoint import Checkpointing
 from difftune.training.checkpoint_io import find_resumable
@@ -133,7 +134,7 @@ def test_a_batch_without_labels_needs_nothing_stored():
 def as_it_is(seen):
     """A sampler that takes note of its batches and leaves them as they are."""
 
-    def take(model, batch, number, rank):
+    def take(model, batch, number, rank, ranks_per_machine):
         seen.append(number)
         return batch
 
@@ -191,6 +192,29 @@ def test_a_resumed_run_samples_what_the_straight_one_does(tmp_path):
     straight = run("straight", 4)
     run("cut", 2)
     assert torch.equal(run("cut", 4), straight)
+
+
+def test_weights_that_wrote_under_autocast_get_their_gradients():
+    """Writing needs no gradients; the casts of the weights that autocast keeps from it must not pass that on."""
+    student = build_student()
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    fit(
+        build_module(student, on_policy=sampler(), on_policy_share=1.0),
+        build_arithmetic(),
+        steps=1,
+        precision="bf16-mixed",
+    )
+    assert [name for name, parameter in student.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_blocks_write_the_same_texts(every):
+    batch, student = one_batch(build_arithmetic()), build_student().train()
+    plain = sampler()(student, batch, 0, 0)
+    recompute_blocks(student, every=every)
+    own = sampler()(student, batch, 0, 0)
+    assert torch.equal(own["input_ids"], plain["input_ids"])
+    assert [layer.gradient_checkpointing and layer.training for layer in student.model.layers] == [True, every == 1]
 
 
 def test_a_student_comes_nearer_to_its_teacher_on_its_own_texts():

@@ -7,12 +7,13 @@ from tests.ranks import run_ranks
 from tests.training.distill_ranks import SCENARIOS, train
 
 CASES = ["ddp:llama", "fsdp:llama", "fsdp:tied", "fsdp:ours"]
+OWN = ["ddp:on_policy", "fsdp:on_policy", "fsdp:on_policy_layers"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill_ranks")
-    run_ranks("tests.training.distill_ranks", str(folder), *CASES, "ddp:on_policy", ranks=2)
+    run_ranks("tests.training.distill_ranks", str(folder), *CASES, *OWN, ranks=2)
     return folder
 
 
@@ -46,3 +47,10 @@ def test_two_ranks_learn_from_their_own_texts_and_stay_equal(folder):
     plain = results(folder, "ddp:llama")["loss"]
     assert torch.equal(first["loss"][0], plain[0]), "the first batch is of the data"
     assert not torch.equal(first["loss"][1:], plain[1:])
+
+
+@pytest.mark.parametrize("case", OWN[1:])
+def test_a_sharded_student_writes_and_learns_what_a_whole_one_does(folder, case):
+    sharded, whole = results(folder, case), results(folder, OWN[0])
+    torch.testing.assert_close(sharded["loss"], whole["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(sharded["norm"], whole["norm"], rtol=1e-4, atol=0)
