@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.training.distill_ranks import SCENARIOS, train
+from tests.training.distill_ranks import SCENARIOS, build_teacher, train
 
 CASES = ["ddp:llama", "fsdp:llama", "fsdp:tied", "fsdp:ours"]
 
@@ -12,6 +12,9 @@ CASES = ["ddp:llama", "fsdp:llama", "fsdp:tied", "fsdp:ours"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill_ranks")
+    for case in CASES:
+        scenario = case.partition(":")[2]
+        build_teacher(**SCENARIOS[scenario]).save_pretrained(folder / f"teacher-{scenario}", max_shard_size="20KB")
     run_ranks("tests.training.distill_ranks", str(folder), *CASES, "ddp:on_policy", ranks=2)
     return folder
 
@@ -28,6 +31,10 @@ def test_two_ranks_equal_one_process(folder, case):
     torch.testing.assert_close(two["norm"], one["norm"], rtol=1e-4, atol=0)
     for name in ("train/divergence", "train/cross_entropy", "train/label_tokens"):
         assert two["logged"][name] == pytest.approx(one["logged"][name], rel=1e-5)
+    # Under FSDP2 each rank has read its shards of it, and computed its buffers.
+    assert two["teacher"].keys() == one["teacher"].keys()
+    for name, tensor in one["teacher"].items():
+        assert torch.equal(two["teacher"][name], tensor), name
 
 
 def test_the_teacher_is_sharded_where_the_student_is(folder):
