@@ -209,8 +209,8 @@ def campaign(root: Path, rounds: int, seed: int, per_training: int = 10, steps: 
             state = "" if result.hit else ", not hit: the training ended before"
             mode = "in the background" if background else "waited for"
             print(
-                f"round {done}: {strategy}, {task} evaluation, saves {mode}: {fault}{state}; checkpoint {before}, then {after}; "
-                f"exit codes {result.codes}, {time.monotonic() - started:.1f} s{_told(losses)}",
+                f"round {done}: {strategy}, {task} evaluation, saves {mode}: {fault}{state}; checkpoint {before}, "
+                f"then {after}; exit codes {result.codes}, {time.monotonic() - started:.1f} s{_told(losses)}",
                 flush=True,
             )
             if losses:

@@ -83,7 +83,7 @@ def build_task(kind, say):
     if kind == "slow":
         return SlowTask(say)
     problems = load_problems("synthetic:arithmetic", limit=3)
-    task = Sums("sums", problems, max_new_tokens=24, batch_size=1, grader=Unread())
+    task = Sums("sums", problems, max_new_tokens=12, batch_size=1, grader=Unread())
     task.say = say
     return task
 
