@@ -115,9 +115,10 @@ def _apart_by_dtype(unit: nn.Module, options: dict[str, Any]) -> None:
             ):
                 sizes[parameter.dtype] += parameter.numel()
                 owners.append((module, parameter.dtype))
-    for module, dtype in owners:
-        if dtype != sizes.most_common(1)[0][0]:
-            fully_shard(module, **options)
+    others = [module for module, dtype in owners if dtype != sizes.most_common(1)[0][0]]
+    # A weight and its bias have one owner.
+    for module in dict.fromkeys(others):
+        fully_shard(module, **options)
 
 
 def average_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
