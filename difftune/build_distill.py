@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.adapters import tokenizer_folder
 from difftune.checkpoints.load import load_teacher
+from difftune.checkpoints.teacher_shards import load_sharded_teacher
 from difftune.config import StageConfig
 from difftune.data.teacher_store import TeacherSettings
 from difftune.data.tokenizers import build_tokenizer, require_same_tokens
@@ -33,7 +34,12 @@ def teacher_settings(stage: StageConfig) -> TeacherSettings | None:
 
 
 def build_teacher(
-    stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: str = "cpu"
+    stage: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    device: str = "cpu",
+    *,
+    sharded: bool = False,
 ) -> OnlineTeacher:
     """The teacher of a stage, loaded and checked.
 
@@ -42,6 +48,7 @@ def build_teacher(
         tokenizer: The student's.
         vocab_size: Rows of the student's head.
         device: "meta" builds it without weights.
+        sharded: Leave its weights to be read by each rank when it has been sharded, where that can be done.
 
     Raises:
         ValueError: If it cannot be loaded or cannot teach this student.
@@ -51,6 +58,9 @@ def build_teacher(
     theirs = build_tokenizer(tokenizer_folder(distill.teacher))
     require_same_tokens(tokenizer, theirs, distill.teacher)
     dtype = None if distill.teacher_dtype is None else getattr(torch, distill.teacher_dtype)
+    if sharded and distill.teacher_quantization is None:
+        skeleton, load_weights = load_sharded_teacher(distill.teacher, dtype)
+        return OnlineTeacher(skeleton, vocab_size=vocab_size, load_weights=load_weights)
     model = load_teacher(distill.teacher, dtype, quantization=distill.teacher_quantization, device=device)
     return OnlineTeacher(model, vocab_size=vocab_size)
 
@@ -71,8 +81,10 @@ def build_distill_module(
     """
     distill, teacher, on_policy = stage.distill, None, None
     if distill.top_k is None:
-        device = "meta" if next(model.parameters()).is_meta and "load_weights" not in options else "cpu"
-        teacher = build_teacher(stage, tokenizer, model.config.vocab_size, device)
+        # Filled when it is sharded, and the teacher with it; without, a dry run.
+        sharded = "load_weights" in options
+        device = "meta" if next(model.parameters()).is_meta and not sharded else "cpu"
+        teacher = build_teacher(stage, tokenizer, model.config.vocab_size, device, sharded=sharded)
     if distill.on_policy_share:
         on_policy = StudentSampler(
             tokenizer,

@@ -136,5 +136,6 @@ def _of_stage(asked: str, settled: str | None) -> str:
 def _memory_of_device(accelerator: str, processes: int) -> int:
     """Bytes that one of several processes of this machine has for its model."""
     if kind_of_device(accelerator) == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(0)[1])
+        # Asking how much is free would leave a context of every process on the first device.
+        return int(torch.cuda.get_device_properties(0).total_memory)
     return total_memory_bytes() // max(1, processes)

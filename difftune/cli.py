@@ -16,6 +16,7 @@ from typing import Any
 
 from difftune import __version__
 from difftune.cli_commands import COMMANDS, COMMON, command_help, help_text
+from difftune.rank_errors import is_told_by_first
 
 
 @dataclass
@@ -51,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug or not is_user_error(error):
+        code = 2 if is_user_error(error) else 1
+        if is_told_by_first(error):
+            return code
+        if debug or code == 1:
             traceback.print_exc()
-        if is_user_error(error):
+        if code == 2:
             print(f"difftune: error: {error}", file=sys.stderr)
-            return 2
-        return 1
+        return code
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -3,7 +3,8 @@
     python -m tests.faults --rounds 50 --seed 0
 
 A round resumes the training and, at a random moment of a random kind, hits it: kill -9 of one rank while a checkpoint
-is written; SIGTERM or SIGUSR1 to one rank or to both, in a step, in an evaluation or while a checkpoint is written. A
+is written; SIGTERM or SIGUSR1 to one rank or to both, in a step, in an evaluation (of some trainings, while texts are
+generated) or while a checkpoint is written. A
 launcher would then end the ranks that are left: so does this. A loss is a round after which a checkpoint that was
 complete is not there or not whole any more, a signal that did not lead to a checkpoint of the last step and the exit
 code 143 (138), or a training whose loss at some step, or whose end, is not that of the one left alone.
@@ -85,7 +86,7 @@ class Run:
     output: str = ""
 
 
-def run(folder: Path, strategy: str, steps: int, background: bool, fault: Fault | None) -> Run:
+def run(folder: Path, strategy: str, steps: int, background: bool, task: str, fault: Fault | None) -> Run:
     """Fork the ranks, watch what they say, do the fault, and wait for their end."""
     folder.mkdir(parents=True, exist_ok=True)
     read, write = os.pipe()
@@ -94,7 +95,7 @@ def run(folder: Path, strategy: str, steps: int, background: bool, fault: Fault 
     for rank in range(RANKS):
         child = os.fork()
         if child == 0:
-            arguments = [str(folder), strategy, str(steps), mode, str(write)]
+            arguments = [str(folder), strategy, str(steps), mode, task, str(write)]
             become_rank(fault_ranks.__name__, rank, RANKS, port, folder / f"rank-{rank}.log", arguments)
         pids.append(child)
     os.close(write)
@@ -188,9 +189,11 @@ def campaign(root: Path, rounds: int, seed: int, per_training: int = 10, steps: 
         strategy = ("fsdp", "ddp", "fsdp")[number % 3] if rounds > 1 else "fsdp"
         if strategy not in alone:
             alone[strategy] = root / f"alone-{strategy}"
-            result = run(alone[strategy], strategy, steps, False, None)
+            result = run(alone[strategy], strategy, steps, False, "slow", None)
             assert not any(result.codes), result.output
         folder, background = root / f"training-{number}", number % 2 == 0
+        # Every other sharded training generates; what is evaluated leaves no trace in a training.
+        task = "math" if number % 3 == 0 else "slow"
         folder.mkdir(parents=True)
         count = 0
         while done < rounds and count < per_training and not (folder / "done").exists():
@@ -198,7 +201,7 @@ def campaign(root: Path, rounds: int, seed: int, per_training: int = 10, steps: 
             newest = find_resumable(folder / "checkpoints")
             before = 0 if newest is None else step_of(newest)
             started = time.monotonic()
-            result = run(folder, strategy, steps, background, fault)
+            result = run(folder, strategy, steps, background, task, fault)
             losses = judge(folder, fault, result, before)
             done, count, lost = done + 1, count + 1, lost + bool(losses)
             newest = find_resumable(folder / "checkpoints")
@@ -206,13 +209,13 @@ def campaign(root: Path, rounds: int, seed: int, per_training: int = 10, steps: 
             state = "" if result.hit else ", not hit: the training ended before"
             mode = "in the background" if background else "waited for"
             print(
-                f"round {done}: {strategy}, saves {mode}: {fault}{state}; checkpoint {before}, then {after}; "
-                f"exit codes {result.codes}, {time.monotonic() - started:.1f} s{_told(losses)}",
+                f"round {done}: {strategy}, {task} evaluation, saves {mode}: {fault}{state}; checkpoint {before}, "
+                f"then {after}; exit codes {result.codes}, {time.monotonic() - started:.1f} s{_told(losses)}",
                 flush=True,
             )
             if losses:
                 print(result.output, flush=True)
-        last = run(folder, strategy, steps, background, None)
+        last = run(folder, strategy, steps, background, task, None)
         worst, losses = compare(folder, alone[strategy]) if not any(last.codes) else (float("inf"), [last.output])
         lost += bool(losses)
         print(

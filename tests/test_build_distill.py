@@ -44,7 +44,12 @@ def test_a_dry_run_of_a_large_student_loads_no_teacher(teacher, tmp_path, monkey
     monkeypatch.setattr("difftune.dry_run.total_memory_bytes", lambda: 10_000)
     seen = []
     build = build_distill.build_teacher
-    monkeypatch.setattr(build_distill, "build_teacher", lambda *args: seen.append(build(*args)) or seen[-1])
+
+    def keep(*arguments, **options):
+        seen.append(build(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(build_distill, "build_teacher", keep)
     (teacher / "model.safetensors").rename(teacher / "moved")
     try:
         assert run.fit(config_of(teacher, tmp_path / "run"), dry_run=True) == 0

@@ -130,12 +130,10 @@ def load_teacher(
 
     Raises:
         ImportError: If it is to be quantised, and bitsandbytes is not installed.
-        ValueError: If nothing is there, or transformers cannot load it.
+        ValueError: If nothing is there, transformers cannot load it, or weights are missing.
     """
     folder = resolve_folder(path_or_hub_id)
-    ours = (folder / TRAINING_WEIGHTS).is_file() or (
-        (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") in _OUR_TYPES
-    )
+    ours = is_ours(folder)
     if ours and device != "meta":
         loaded = load_model(path_or_hub_id, dtype=dtype)
         if quantization is not None:
@@ -148,14 +146,29 @@ def load_teacher(
         if quantization is not None:
             compute_dtype = dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
             options["quantization_config"] = quantization_config(quantization, compute_dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the teacher {path_or_hub_id} could not be loaded by transformers: {str(error).splitlines()[0]}"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        # Drawn at random by transformers, which only warns.
+        raise ValueError(
+            f"the teacher {path_or_hub_id} lacks {len(missing)} tensors of a {type(model).__name__}, such as "
+            f"{missing[0]}: give a folder with all of its weights"
+        )
     if quantization is not None:
         keep_layout(model)
     return model
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds a model for :func:`load_model`, an adapter left out."""
+    return (folder / TRAINING_WEIGHTS).is_file() or (
+        (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") in _OUR_TYPES
+    )
 
 
 def _without_weights(folder: Path, *, ours: bool) -> PreTrainedModel:

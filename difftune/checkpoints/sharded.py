@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,13 @@ from difftune.modeling.adapters import base_name
 from difftune.modeling.fresh import initial_values
 
 Index = tuple[slice, ...]
+
+
+class Weights(Protocol):
+    """What a model can be filled with."""
+
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Copy weights into tensors, by name; of a sharded one this rank's part."""
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
@@ -110,7 +117,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Copy weights into tensors, by our names; of a sharded one this rank's part."""
         for name, target in targets.items():
-            local, index = _own_part(target)
+            local, index = own_part(target)
             local.copy_(self.part(name, index))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -151,7 +158,7 @@ class FreshWeights:
             torch.manual_seed(self.seed)
             for name, value in initial_values(self.build):
                 if name in targets:
-                    local, index = _own_part(targets[name])
+                    local, index = own_part(targets[name])
                     local.copy_(value[index])
 
 
@@ -186,7 +193,7 @@ def load_skeleton(
 
 
 @torch.no_grad()
-def fill_model(model: nn.Module, weights: StoredWeights | FreshWeights, device: torch.device | str) -> None:
+def fill_model(model: nn.Module, weights: Weights, device: torch.device | str) -> None:
     """Give every parameter and buffer that is on the meta device its place and its value, in place.
 
     Args:
@@ -245,8 +252,12 @@ def weightless_projections(model: nn.Module, weights: StoredWeights) -> Iterator
         setattr(module, leaf, parameter)
 
 
-def _own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Index]:
-    """The memory of this rank, and which part of the whole it is."""
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Index]:
+    """The memory of this rank, and which part of the whole it is.
+
+    Args:
+        tensor: A DTensor; or a plain tensor, of which a rank has all.
+    """
     if not isinstance(tensor, DTensor):
         return tensor, ()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

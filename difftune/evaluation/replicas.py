@@ -23,6 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -119,16 +120,16 @@ def _gather(name: str, parameter: torch.Tensor, device: torch.device) -> torch.T
 
 
 def _gather_together(parameters: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The whole of some parameters, by name, in one exchange for each dtype of those that are split by rows."""
+    """The whole of some parameters, by name, in one exchange for each dtype and mesh of those split by rows."""
     whole: dict[str, torch.Tensor] = {}
-    alike: dict[torch.dtype, dict[str, DTensor]] = {}
+    alike: dict[tuple[torch.dtype, DeviceMesh], dict[str, DTensor]] = {}
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor) and parameter.placements == (Shard(0),):
-            alike.setdefault(_dtype(name, parameter, device), {})[name] = parameter
+            # A projection of lambda may be divided over other ranks than the rest of its layer.
+            alike.setdefault((_dtype(name, parameter, device), parameter.device_mesh), {})[name] = parameter
         else:
             whole[name] = _gather(name, parameter, device)
-    for dtype, tensors in alike.items():
-        mesh = next(iter(tensors.values())).device_mesh
+    for (dtype, mesh), tensors in alike.items():
         # Every rank but the last ones has as many rows, rounded up.
         rows = {name: -(-tensor.shape[0] // mesh.size()) for name, tensor in tensors.items()}
         sizes = [rows[name] * math.prod(tensor.shape[1:]) for name, tensor in tensors.items()]

@@ -6,6 +6,7 @@ of the loss of its own tokens with respect to all weights, keys and values that 
 over all processes is that of the whole.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,18 +37,19 @@ def require_whole_products(strategy: Strategy) -> None:
         )
 
 
-def build_context_group(size: int) -> dist.ProcessGroup:
+def build_context_group(size: int, timeout: timedelta | None = None) -> dist.ProcessGroup:
     """The processes that share this process's rows. Collective: all processes of the run have to call it.
 
     Args:
         size: How many they are, at least 2.
+        timeout: After which a process gives up on the others. None: torch's.
 
     Raises:
         ValueError: If the number of processes is not a multiple of it.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     require_divisible(size, world_size)
-    group, _ = dist.new_subgroups(group_size=size)
+    group, _ = dist.new_subgroups(group_size=size, timeout=timeout)
     return group
 
 

@@ -90,7 +90,7 @@ class DistillModule(FinetuneModule):
         super().configure_model()
         strategy = self.trainer.strategy
         if self.teacher is not None and isinstance(strategy, FSDP2Strategy):
-            self.teacher.shard(strategy.shard)
+            self.teacher.shard(strategy.shard, strategy.weights_device)
 
     def on_train_start(self) -> None:
         """The teacher to the device of the student; the sums of both parts of the loss."""

@@ -167,7 +167,9 @@ class FinetuneModule(LightningModule):
             raise ValueError("gradient_clip_algorithm=value is not supported: gradients are clipped by their norm")
         if self.context_parallel_size > 1:
             require_whole_products(trainer.strategy)
-            self._context_group = build_context_group(self.context_parallel_size)
+            self._context_group = build_context_group(
+                self.context_parallel_size, getattr(trainer.strategy, "_timeout", None)
+            )
         self.model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps that
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):

@@ -72,6 +72,16 @@ def shard_model(
     fully_shard(model, reshard_after_forward=False, **options)
 
 
+def move_unsharded(model: nn.Module, device: torch.device) -> None:
+    """Move what each rank has whole, parameters and buffers, to a device, in place; shards stay where they are."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            module._buffers[leaf] = buffer.to(device)
+
+
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that :func:`shard_model` does not shard: those of lambda."""
     return [parameter for name, parameter in model.named_parameters() if is_lambda(name)]
@@ -105,9 +115,10 @@ def _apart_by_dtype(unit: nn.Module, options: dict[str, Any]) -> None:
             ):
                 sizes[parameter.dtype] += parameter.numel()
                 owners.append((module, parameter.dtype))
-    for module, dtype in owners:
-        if dtype != sizes.most_common(1)[0][0]:
-            fully_shard(module, **options)
+    others = [module for module, dtype in owners if dtype != sizes.most_common(1)[0][0]]
+    # A weight and its bias have one owner.
+    for module in dict.fromkeys(others):
+        fully_shard(module, **options)
 
 
 def average_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:

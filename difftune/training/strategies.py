@@ -9,10 +9,9 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.tensor import DTensor
 
 from difftune.training.checkpoint_sharded import ShardedCheckpoints
-from difftune.training.sharding import shard_model
+from difftune.training.sharding import move_unsharded, shard_model
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 """Names of strategies."""
@@ -67,12 +66,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         if not self.cpu_offload:
             super().model_to_device()
             return
-        for parameter in self.model.parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(self.root_device)
-        for module in self.model.modules():
-            for leaf, buffer in module.named_buffers(recurse=False):
-                module._buffers[leaf] = buffer.to(self.root_device)
+        move_unsharded(self.model, self.root_device)
 
 
 class Choice(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from difftune.losses import TeacherStates, TopK, top_k
 from difftune.modeling import DiffTransformerForCausalLM
 from difftune.modeling.quantized import quantization_of
+from difftune.training.sharding import move_unsharded
 
 # Two documents of different length, so that a teacher that lets them see one another is found out.
 _PROBE_LENGTHS = (3, 5)
@@ -28,14 +28,21 @@ class OnlineTeacher:
             states. It is put into evaluation mode, and its parameters are frozen.
         vocab_size: Rows of the student's head. More rows of the teacher's are left out: they belong to no token that
             the student has.
+        load_weights: Called with the model and ``device`` when it has been sharded, to fill what is on the meta device.
+            None: the model has its weights, or needs none.
 
     Raises:
         ValueError: If the teacher's head has fewer rows, if its logits are not its head applied to its hidden states
-            (scaled or capped logits, a bias), or if documents packed into one row would see one another.
+            (scaled or capped logits, a bias), or if documents packed into one row would see one another; these two
+            not before :meth:`to`, if there is ``load_weights``.
     """
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, vocab_size: int, load_weights: Callable[..., None] | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._name = type(model).__name__
+        self._load_weights = load_weights
         self._is_ours = isinstance(model, DiffTransformerForCausalLM)
         rows = self._head().shape[0]
         if rows < vocab_size:
@@ -48,30 +55,30 @@ class OnlineTeacher:
         model.hidden_states_of = MethodType(_hidden_states_of, model)  # type: ignore[assignment]
         # Without weights there is nothing to try.
         if self.model.device.type != "meta":
-            self._probe()
+            self._probe(self.model.device)
 
     def to(self, device: torch.device) -> None:
         """Move the model there; of a sharded one what each rank has whole, since its shards have their place."""
-        model: nn.Module = self.model
-        if not isinstance(self.model, FSDPModule):
+        if isinstance(self.model, FSDPModule):
+            move_unsharded(self.model, device)
+        else:
             self.model.to(device)
-            return
-        for parameter in model.parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(device)
-        for module in model.modules():
-            for leaf, buffer in module.named_buffers(recurse=False):
-                module._buffers[leaf] = buffer.to(device)
+        if self._load_weights is not None:
+            self._load_weights = None
+            self._probe(device)
 
-    def shard(self, shard: Callable[[nn.Module], Any]) -> None:
+    def shard(self, shard: Callable[[nn.Module], Any], device: torch.device) -> None:
         """Spread the model over the ranks as the student is; one in 4 bits stays whole on each.
 
         Args:
             shard: Shards a causal language model in place, see :func:`~difftune.training.sharding.shard_model`.
+            device: Where its shards lie; used where they are filled here.
         """
         if quantization_of(self.model) is None:
             shard(self.model)
             register_fsdp_forward_method(self.model, "hidden_states_of")
+            if self._load_weights is not None:
+                self._load_weights(self.model, device=device)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> TeacherStates:
@@ -115,21 +122,23 @@ class OnlineTeacher:
         return self.model.get_output_embeddings().weight
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Refuse a model that this class would misread."""
-        device, vocabulary = self.model.device, self._head().shape[0]
+    def _probe(self, device: torch.device) -> None:
+        """Refuse a model that this class would misread; of a sharded one, on all ranks."""
+        vocabulary = self._head().shape[0]
         ids = torch.arange(sum(_PROBE_LENGTHS), device=device)[None] * 7 % vocabulary
         positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])[None]
         borders = torch.tensor([0, _PROBE_LENGTHS[0], sum(_PROBE_LENGTHS)], dtype=torch.int32, device=device)
         packed = self({"input_ids": ids, "position_ids": positions, "cu_seqlens": borders}).hidden
         alone = [self.model(input_ids=part).logits[0] for part in ids.split(_PROBE_LENGTHS, dim=1)]
         expected = torch.cat(alone).float()
-        actual = (packed[0] @ self._head().T).float()
+        head = self._head()
+        # Gathered weights may compute in another dtype than what comes out.
+        actual = (packed[0].to(head.dtype) @ head.T).float()
         scale = expected.abs().max().clamp(min=1)
         # Two ways to compute the same in the model's own precision; what is looked for differs by much more.
-        tolerance = 32 * torch.finfo(packed.dtype).eps * scale * self.model.config.num_hidden_layers
+        tolerance = 32 * torch.finfo(head.dtype).eps * scale * self.model.config.num_hidden_layers
         start = _PROBE_LENGTHS[0]
-        name = type(self.model).__name__
+        name = self._name
         if not (actual[:start] - expected[:start]).abs().max() <= tolerance:
             raise ValueError(
                 f"{name} cannot be a teacher: its logits are not its head applied to its last hidden states (scaled or "

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from torch.distributed.tensor import DTensor
 
+from difftune.checkpoints.teacher_shards import load_sharded_teacher
 from difftune.evaluation import replicas
 from difftune.on_policy import StudentSampler
 from difftune.training.distill import DistillModule
@@ -27,18 +28,27 @@ SCENARIOS = {
 """What to train, by name: arguments of :func:`train`."""
 
 
-def train(strategy, devices, *, tied=False, ours=False, share=0.0, room=None):
+def build_teacher(*, tied=False, ours=False, **unused):
+    """The teacher of a scenario."""
+    return build_student(seed=5, initializer_range=0.3) if ours else build_llama(tie_word_embeddings=tied)
+
+
+def train(strategy, devices, *, folder=None, tied=False, ours=False, share=0.0, room=None):
     """Train one scenario for five steps; return its curve, its parameters, and which of the teacher's are sharded.
 
-    ``room`` is the memory that a copy of a sharded student may think it has.
+    With a folder the teacher is read from there, each rank its shards. ``room`` is the memory that a copy of a sharded
+    student may think it has.
     """
-    teacher = build_student(seed=5, initializer_range=0.3) if ours else build_llama(tie_word_embeddings=tied)
+    teacher, fill = build_teacher(tied=tied, ours=ours), None
+    if folder is not None:
+        teacher, fill = load_sharded_teacher(str(folder))
+        assert fill is not None and teacher.device.type == "meta"
     student = build_student()
     seed_everything(3, verbose=False)
     sampler = StudentSampler(TOKENIZER, seq_len=64, max_new_tokens=8, seed=0) if share else None
     module = DistillModule(
         student,
-        teacher=OnlineTeacher(teacher, vocab_size=VOCABULARY),
+        teacher=OnlineTeacher(teacher, vocab_size=VOCABULARY, load_weights=fill),
         weight=0.7,
         temperature=2.0,
         on_policy=sampler,
@@ -61,7 +71,9 @@ def train(strategy, devices, *, tied=False, ours=False, share=0.0, room=None):
         trainer.fit(module, build_arithmetic(micro_batch_size=ROWS // devices))
     finally:
         replicas.free_bytes = free_bytes
+    tensors = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers())}
     return {
+        "teacher": {name: whole(tensor) for name, tensor in tensors.items()},
         "loss": torch.tensor(curve.loss, dtype=torch.float64),
         "norm": torch.tensor(curve.norm, dtype=torch.float64),
         "logged": dict(module.logged),
@@ -76,5 +88,6 @@ def main(arguments):
     devices, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     for name in names:
         strategy, _, scenario = name.partition(":")
-        results = train(strategy, devices, **SCENARIOS[scenario])
+        teacher = Path(folder) / f"teacher-{scenario}" if strategy == "fsdp" else None
+        results = train(strategy, devices, folder=teacher, **SCENARIOS[scenario])
         torch.save(results, Path(folder) / f"{strategy}-{scenario}-{rank}.pt")

@@ -9,17 +9,22 @@ from types import SimpleNamespace
 import torch
 from lightning.pytorch import Callback
 
+from difftune.data.problems import load_problems
+from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.callback import ScheduledEvaluation
+from difftune.evaluation.grading import Grade
+from difftune.evaluation.math import MathTask
 from difftune.training import checkpoint_io
 from difftune.training.checkpoint import Checkpointing
 from difftune.training.checkpoint_io import find_resumable
 from difftune.training.loggers import MetricsLogger
 from difftune.training.preemption import Preemption
 from difftune.training.strategies import build_strategy
-from tests.training.scale_ranks import tiny_model
+from tests.evaluation.scripted import tiny_model
 from tests.training.toy import ToyData, build_module, build_trainer
 
 SAVE_EVERY, EVALUATE_EVERY = 3, 4
+TOKENIZER = build_tokenizer("digits")
 
 
 class Announcer(Callback):
@@ -63,6 +68,36 @@ class SlowTask:
         """Nothing to end."""
 
 
+class Sums(MathTask):
+    """Real generation, on a copy of a sharded model; answers end apart, since ranks have different numbers of them."""
+
+    say = None
+
+    def run(self, *args, **settings):
+        self.say("evaluation")
+        return super().run(*args, **settings)
+
+
+def build_task(kind, say):
+    """`slow` or `math`, about as long as one another."""
+    if kind == "slow":
+        return SlowTask(say)
+    problems = load_problems("synthetic:arithmetic", limit=3)
+    task = Sums("sums", problems, max_new_tokens=12, batch_size=1, grader=Unread())
+    task.say = say
+    return task
+
+
+class Unread:
+    """A grader that needs no process: what is written is not the point."""
+
+    def grade_all(self, pairs):
+        return [Grade("wrong", None) for _ in pairs]
+
+    def close(self):
+        """Nothing to end."""
+
+
 def announce_saves(say):
     """Every file takes a moment, and so does the renaming of the folder."""
     begin, replace = checkpoint_io.HashingFile.__init__, checkpoint_io._replace_folder
@@ -83,13 +118,16 @@ def announce_saves(say):
 
 
 def main(arguments):
-    """``FOLDER STRATEGY STEPS BACKGROUND PIPE``: go on from what is in the folder."""
-    folder, strategy, steps, background, pipe = arguments
+    """``FOLDER STRATEGY STEPS BACKGROUND TASK PIPE``: go on from what is in the folder."""
+    folder, strategy, steps, background, task, pipe = arguments
     folder, announcer = Path(folder), Announcer(int(pipe))
     announce_saves(announcer.say)
     with Preemption() as preemption:
         evaluation = ScheduledEvaluation(
-            [SlowTask(announcer.say)], None, every_n_steps=EVALUATE_EVERY, should_stop=preemption.is_preempted
+            [build_task(task, announcer.say)],
+            TOKENIZER,
+            every_n_steps=EVALUATE_EVERY,
+            should_stop=preemption.is_preempted,
         )
         checkpointing = Checkpointing(
             folder / "checkpoints", every_n_steps=SAVE_EVERY, background=background == "background"
@@ -102,7 +140,7 @@ def main(arguments):
             log_every_n_steps=1,
             logger=MetricsLogger(folder / "metrics.jsonl"),
         )
-        module = build_module(model=tiny_model(num_hidden_layers=2), lr=3e-3, total_steps=int(steps))
+        module = build_module(model=tiny_model(), lr=3e-3, total_steps=int(steps))
         trainer.fit(module, ToyData(rows=8, delay=0.01), ckpt_path=find_resumable(folder / "checkpoints"))
     if preemption.exit_code is None and trainer.is_global_zero:
         (folder / "done").touch()

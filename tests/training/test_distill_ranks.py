@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.training.distill_ranks import SCENARIOS, train
+from tests.training.distill_ranks import SCENARIOS, build_teacher, train
 
 CASES = ["ddp:llama", "fsdp:llama", "fsdp:tied", "fsdp:ours"]
 OWN = ["ddp:on_policy", "fsdp:on_policy", "fsdp:on_policy_layers"]
@@ -13,6 +13,9 @@ OWN = ["ddp:on_policy", "fsdp:on_policy", "fsdp:on_policy_layers"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill_ranks")
+    for case in (*CASES, *OWN):
+        scenario = case.partition(":")[2]
+        build_teacher(**SCENARIOS[scenario]).save_pretrained(folder / f"teacher-{scenario}", max_shard_size="20KB")
     run_ranks("tests.training.distill_ranks", str(folder), *CASES, *OWN, ranks=2)
     return folder
 
@@ -29,10 +32,14 @@ def test_two_ranks_equal_one_process(folder, case):
     torch.testing.assert_close(two["norm"], one["norm"], rtol=1e-4, atol=0)
     for name in ("train/divergence", "train/cross_entropy", "train/label_tokens"):
         assert two["logged"][name] == pytest.approx(one["logged"][name], rel=1e-5)
+    # Under FSDP2 each rank has read its shards of it, and computed its buffers.
+    assert two["teacher"].keys() == one["teacher"].keys()
+    for name, tensor in one["teacher"].items():
+        assert torch.equal(two["teacher"][name], tensor), name
 
 
 def test_the_teacher_is_sharded_where_the_student_is(folder):
-    for case in CASES:
+    for case in (*CASES, *OWN):
         names = results(folder, case)["sharded"]
         assert (len(names) > 0) == case.startswith("fsdp")
         if case.startswith("fsdp"):

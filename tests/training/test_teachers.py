@@ -53,7 +53,7 @@ def test_nothing_of_a_teacher_can_be_trained():
     assert not states.hidden.requires_grad and states.hidden.grad_fn is None
 
 
-def test_a_model_whose_logits_are_capped_is_refused():
+def build_gemma():
     config = Gemma2Config(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -65,8 +65,32 @@ def test_a_model_whose_logits_are_capped_is_refused():
         final_logit_softcapping=0.5,
         initializer_range=0.5,
     )
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM cannot be a teacher: its logits are not its head applied"):
-        OnlineTeacher(Gemma2ForCausalLM(config), vocab_size=VOCABULARY)
+    return Gemma2ForCausalLM(config)
+
+
+CAPPED = "Gemma2ForCausalLM cannot be a teacher: its logits are not its head applied"
+
+
+def test_a_model_whose_logits_are_capped_is_refused():
+    with pytest.raises(ValueError, match=CAPPED):
+        OnlineTeacher(build_gemma(), vocab_size=VOCABULARY)
+
+
+def test_a_model_that_is_filled_when_it_is_sharded_is_tried_then():
+    whole = build_gemma()
+    with torch.device("meta"):
+        model = build_gemma()
+
+    def fill(model, device):
+        model.to_empty(device=device)
+        model.load_state_dict(whole.state_dict())
+        for name, buffer in whole.named_buffers():
+            model.get_buffer(name).copy_(buffer)
+
+    teacher = OnlineTeacher(model, vocab_size=VOCABULARY, load_weights=fill)
+    teacher.shard(lambda model: None, torch.device("cpu"))
+    with pytest.raises(ValueError, match=CAPPED):
+        teacher.to(torch.device("cpu"))
 
 
 def test_a_model_that_mixes_packed_documents_is_refused(monkeypatch):
