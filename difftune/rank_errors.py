@@ -24,13 +24,13 @@ def is_told_by_first(error: BaseException) -> bool:
 
     rank, address, port = (os.environ[name] for name in variables)
     key = f"difftune/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    text = f"{type(error).__name__}: {error}".encode()
+    text = f"{type(error).__name__}: {error}"
     try:
         store = TCPStore(address, int(port), is_master=False, timeout=_PATIENCE)
         if rank == "0":
             store.set(key, text)
             return False
-        return bool(store.get(key) == text)
+        return bool(store.get(key) == text.encode())
     except RuntimeError:
         # What torch raises when nobody answers in time.
         return False

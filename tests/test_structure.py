@@ -102,9 +102,20 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     },
     "cli_commands": set(),
     "terminal": set(),
+    "rank_errors": set(),
     "run_adapters": {"checkpoints", "data", "modeling", "terminal"},
     "run_convert": {"checkpoints", "terminal"},
-    "cli": {*CONFIG, "cli_commands", "report", "run", "run_adapters", "run_convert", "run_plan", "diagnose"},
+    "cli": {
+        *CONFIG,
+        "cli_commands",
+        "report",
+        "run",
+        "run_adapters",
+        "run_convert",
+        "run_plan",
+        "diagnose",
+        "rank_errors",
+    },
     "__init__": {"ops", "modeling", "checkpoints"},
 }
 

@@ -142,11 +142,12 @@ def load_teacher(
     try:
         if device == "meta":
             return _without_weights(folder, ours=ours)
-        options = {}
+        options: dict[str, Any] = {}
         if quantization is not None:
             compute_dtype = dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
             options["quantization_config"] = quantization_config(quantization, compute_dtype)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, found = loader.from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:

@@ -296,7 +296,7 @@ def evaluation_caches(
 class _SkeletonTeacher(OnlineTeacher):
     """A teacher without weights, of which nothing can be asked."""
 
-    def _probe(self) -> None:
+    def _probe(self, device: torch.device) -> None:
         """Has no values to compare."""
 
 

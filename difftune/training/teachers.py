@@ -59,10 +59,11 @@ class OnlineTeacher:
 
     def to(self, device: torch.device) -> None:
         """Move the model there; of a sharded one what each rank has whole, since its shards have their place."""
-        if isinstance(self.model, FSDPModule):
-            move_unsharded(self.model, device)
+        model: nn.Module = self.model
+        if isinstance(model, FSDPModule):
+            move_unsharded(model, device)
         else:
-            self.model.to(device)
+            model.to(device)
         if self._load_weights is not None:
             self._load_weights = None
             self._probe(device)
