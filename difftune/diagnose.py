@@ -309,22 +309,34 @@ def find_hub(config: Config | None) -> list[Finding]:
                 Finding("hub", "fault", f"{name} is no folder here, not in the cache, and the hub is out of reach")
             )
     for path in [] if config is None else _missing_files(config):
-        found.append(Finding("data", "fault", f"{path} is not there"))
+        found.append(Finding("files", "fault", f"{path} is not there"))
     return found
 
 
 def _hub_ids(config: Config) -> list[str]:
     """What a recipe names that is no folder here but could be a repository: models and tokenizers."""
+    return [name for name in _named_models(config) if name.count("/") == 1 and not _is_path(name)]
+
+
+def _named_models(config: Config) -> list[str]:
+    """What a recipe names in the place of a model or a tokenizer, and no folder here is called."""
     teachers = [stage.distill.teacher for stage in config.resolved_stages()]
     named = [config.model.path, config.tokenizer, *teachers]
-    return [name for name in dict.fromkeys(named) if name and name.count("/") == 1 and not Path(name).exists()]
+    return [name for name in dict.fromkeys(named) if name and not Path(name).expanduser().exists()]
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be one of a folder."""
+    return name.startswith(("/", ".", "~"))
 
 
 def _missing_files(config: Config) -> list[str]:
-    """Training files that a recipe names by a suffix of a file, and that are not there."""
+    """Folders and training files that a recipe names, the latter by their suffix, and that are not there."""
     paths = [source.path for stage in config.resolved_stages() for source in stage.data.train]
     local = [path for path in dict.fromkeys(paths) if path.endswith((".jsonl", ".json", ".parquet"))]
-    return [path for path in local if not Path(path).expanduser().exists()]
+    # The model's own is said with the model.
+    folders = [name for name in _named_models(config) if _is_path(name) and name != config.model.path]
+    return [*folders, *(path for path in local if not Path(path).expanduser().exists())]
 
 
 def _version(package: str) -> str | None:

@@ -65,6 +65,19 @@ def test_a_recipe_that_could_not_start_gives_1_with_every_reason(
 
 
 @pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("name", ["/gone", "./gone/model", "~/gone"])
+def test_folders_that_are_gone_are_faults_and_not_repositories(
+    recipe: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert diagnose.diagnose(str(recipe), [f"model.path={name}", f"tokenizer={name}"]) == 1
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"{name} does not exist" in said and f"{name} is no folder here" not in said
+    # Where the model is not the one that is missing, the file check says so.
+    assert diagnose.diagnose(str(recipe), [f"tokenizer={name}", "model.vocab_size=102"]) == 1
+    assert f"{name} is not there" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.usefixtures("no_ranks")
 def test_a_recipe_that_is_wrong_is_a_fault_beside_what_is_found_of_the_machine(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
