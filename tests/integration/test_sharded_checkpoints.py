@@ -122,6 +122,17 @@ def test_generate_answers_from_a_sharded_checkpoint(runs, capsys):
     assert main(["generate", "--model", str(newest(runs, "full")), "--prompt", "1+1=", "--max-new-tokens", "4"]) == 0
 
 
+def test_a_sharded_checkpoint_is_evaluated_like_its_export(runs, tmp_path):
+    for name, model in (("shards", newest(runs, "full")), ("export", runs / "full" / "export")):
+        words = ["evaluate", "--model", str(model), "--data", "synthetic:arithmetic", "--limit", "4"]
+        assert main([*words, "--max-new-tokens", "8", "--out", str(tmp_path / name)]) == 0
+    shards, export = (
+        sorted(json.loads(line)["text"] for line in (tmp_path / name / "samples" / "arithmetic.jsonl").open())
+        for name in ("shards", "export")
+    )
+    assert shards == export and len(shards) == 4
+
+
 def test_the_adapter_is_saved_whole_and_small_with_lambda_and_equals_that_of_one_process(runs):
     ours = load_file(runs / "lora" / "export" / "adapter_model.safetensors")
     theirs = load_file(runs / "alone-lora" / "export" / "adapter_model.safetensors")
