@@ -9,6 +9,7 @@ from difftune.checkpoints.adapters import tokenizer_folder
 from difftune.checkpoints.load import load_teacher
 from difftune.checkpoints.teacher_shards import load_sharded_teacher
 from difftune.config import StageConfig
+from difftune.config_distill import DistillConfig
 from difftune.data.teacher_store import TeacherSettings
 from difftune.data.tokenizers import build_tokenizer, require_same_tokens
 from difftune.modeling import DiffTransformerForCausalLM
@@ -65,6 +66,12 @@ def build_teacher(
     return OnlineTeacher(model, vocab_size=vocab_size)
 
 
+def loss_options(distill: DistillConfig) -> dict[str, Any]:
+    """What of a teacher's section says how its divergence counts: keyword arguments of `DistillModule`."""
+    names = ("divergence", "weight", "temperature", "beta", "align_weight", "align_steps")
+    return {name: getattr(distill, name) for name in names}
+
+
 def build_distill_module(
     stage: StageConfig,
     model: DiffTransformerForCausalLM,
@@ -95,12 +102,7 @@ def build_distill_module(
     return DistillModule(
         model,
         teacher=teacher,
-        divergence=distill.divergence,
-        weight=distill.weight,
-        temperature=distill.temperature,
-        beta=distill.beta,
-        align_weight=distill.align_weight,
-        align_steps=distill.align_steps,
+        **loss_options(distill),
         on_policy=on_policy,
         on_policy_share=distill.on_policy_share,
         **options,

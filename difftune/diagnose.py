@@ -315,7 +315,9 @@ def find_hub(config: Config | None) -> list[Finding]:
 
 def _hub_ids(config: Config) -> list[str]:
     """What a recipe names that is no folder here but could be a repository: models and tokenizers."""
-    return [name for name in _named_models(config) if name.count("/") == 1 and not _is_path(name)]
+    from difftune.checkpoints.folders import could_be_hub_id
+
+    return [name for name in _named_models(config) if could_be_hub_id(name)]
 
 
 def _named_models(config: Config) -> list[str]:
@@ -325,17 +327,12 @@ def _named_models(config: Config) -> list[str]:
     return [name for name in dict.fromkeys(named) if name and not Path(name).expanduser().exists()]
 
 
-def _is_path(name: str) -> bool:
-    """Whether a name can only be one of a folder."""
-    return name.startswith(("/", ".", "~"))
-
-
 def _missing_files(config: Config) -> list[str]:
     """Folders and training files that a recipe names, the latter by their suffix, and that are not there."""
     paths = [source.path for stage in config.resolved_stages() for source in stage.data.train]
     local = [path for path in dict.fromkeys(paths) if path.endswith((".jsonl", ".json", ".parquet"))]
     # The model's own is said with the model.
-    folders = [name for name in _named_models(config) if _is_path(name) and name != config.model.path]
+    folders = [n for n in _named_models(config) if "/" in n and n not in (*_hub_ids(config), config.model.path)]
     return [*folders, *(path for path in local if not Path(path).expanduser().exists())]
 
 

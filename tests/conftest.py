@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import random
 import signal
@@ -59,6 +60,21 @@ def seeded() -> None:
     """Every test starts from the same random state, so that none depends on which ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def our_log(caplog: pytest.LogCaptureFixture):
+    """`caplog` for what difftune logs, each record once, whether a command set up logging before the test or in it."""
+    logger = logging.getLogger("difftune")
+    # Those of pytest belong to the phase of the test that they were put there for.
+    handlers = [handler for handler in logger.handlers if not isinstance(handler, type(caplog.handler))]
+    level, propagate = logger.level, logger.propagate
+    # A logger that has a handler is left alone by a command.
+    logger.handlers[:], logger.propagate = [logging.NullHandler()], True
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -64,4 +64,7 @@ def test_what_does_not_go_together_is_refused(overrides, expected):
     ],
 )
 def test_what_goes_together_is_accepted(overrides):
-    load_config(None, [*BASE, *overrides])
+    config = load_config(None, [*BASE, *overrides])
+    # What was accepted is also what the run is built from, in every stage.
+    sharded = "trainer.strategy=fsdp" in overrides
+    assert all((stage.trainer.strategy == "fsdp") == sharded for stage in config.resolved_stages())

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 from difftune.losses import DIVERGENCES, TeacherStates, TopK, linear_divergence, top_k
+from tests.largest_tensor import LargestTensor
 from tests.tolerances import assert_within_budget
 
 NAMES = tuple(DIVERGENCES)
@@ -226,20 +227,10 @@ def test_all_logits_are_never_held(k):
     teacher = TeacherStates(teacher_hidden, teacher_weight)
     if k is not None:
         teacher = top_k(teacher_hidden, teacher_weight, k)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    with LargestTensor() as largest:
         loss, _ = linear_divergence(hidden, weight, torch.zeros(512), teacher, chunk_elements=3000)
         loss.backward()
-    assert largest <= max(3000, 512 * 7), f"a tensor of {largest} elements; all logits would be {512 * 300}"
+    assert largest.numel <= max(3000, 512 * 7), f"a tensor of {largest.numel} elements; all logits would be {512 * 300}"
 
 
 def test_autocast_decides_the_dtype_of_the_products():

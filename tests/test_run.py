@@ -231,7 +231,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
         run.fit(config_of(tmp_path, "model.vocab_size=8"))
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path, our_log):
     import shutil
 
     shutil.copytree(finished, tmp_path / "run")
@@ -239,25 +239,23 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_
     (checkpoints / "done.json").unlink()
     newest = checkpoints / "step-00000003" / "checkpoint.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
-    run.logging.getLogger("difftune").propagate = True
     assert run.fit(config_of(tmp_path / "run")) == 0
     assert any(
-        "falling back to checkpoint" in r.getMessage() and "bytes instead of" in r.getMessage() for r in caplog.records
+        "falling back to checkpoint" in r.getMessage() and "bytes instead of" in r.getMessage() for r in our_log.records
     )
     straight, again = (load_model(d / "export") for d in (finished, tmp_path / "run"))
     for expected, actual in zip(straight.parameters(), again.parameters(), strict=True):
         assert torch.equal(expected, actual)
 
 
-def test_held_out_problems_that_are_trained_on_are_named(tmp_path, caplog):
+def test_held_out_problems_that_are_trained_on_are_named(tmp_path, our_log):
     rows = [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(20)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[3]) + "\n")
     source = f"data.train=[{{path: {tmp_path / 'train.jsonl'}, answer_only: true}}]"
     task = f"evaluation.tasks=[{{path: {tmp_path / 'test.jsonl'}, name: test}}]"
-    run.logging.getLogger("difftune").propagate = True
     run.fit(config_of(tmp_path / "run", source, task, short=ONE_STAGE))
-    assert any("1 of the 1 problems of test are also in the training data" in r.getMessage() for r in caplog.records)
+    assert any("1 of the 1 problems of test are also in the training data" in r.getMessage() for r in our_log.records)
 
 
 def test_the_quickstart_problems_are_unseen(tmp_path):

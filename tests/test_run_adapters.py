@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -243,16 +242,13 @@ def test_an_adapter_records_how_its_base_was_quantised_and_comes_back_to_the_bit
     assert json.loads((kept / "adapter_config.json").read_text())["auto_mapping"]["difftune_base"] == record
 
 
-def test_merged_onto_the_dequantised_base_it_is_the_model_that_was_trained(
-    quantized, tmp_path, capsys, caplog, monkeypatch
-):
-    monkeypatch.setattr(logging.getLogger("difftune"), "propagate", True)
+def test_merged_onto_the_dequantised_base_it_is_the_model_that_was_trained(quantized, tmp_path, capsys, our_log):
     path, trained = quantized
     assert cli.main(["merge", str(path), "--out", str(tmp_path / "exact"), "--dtype", "float32"]) == 0
     assert "4-bit" not in capsys.readouterr().out
     assert cli.main(["merge", str(path), "--out", str(tmp_path / "other"), "--onto", "original"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "trained on nf4 weights in bfloat16 with double quantisation and is put on plain weights" in caplog.text
+    assert "trained on nf4 weights in bfloat16 with double quantisation and is put on plain weights" in our_log.text
     assert "this is the base before it was quantised: the logits are off by" in said
     exact, other = (logits(load_model(tmp_path / name)) for name in ("exact", "other"))
     truth = logits(full_precision(load_with_base(path), "default"))
@@ -261,13 +257,12 @@ def test_merged_onto_the_dequantised_base_it_is_the_model_that_was_trained(
     assert (other - truth).abs().max() > 4 * (trained.float() - truth).abs().max()
 
 
-def test_an_adapter_of_plain_weights_says_when_it_is_put_on_others(folders, caplog, monkeypatch):
+def test_an_adapter_of_plain_weights_says_when_it_is_put_on_others(folders, our_log):
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(logging.getLogger("difftune"), "propagate", True)
     model = load_model(folders / "diff_v1")
     quantize_base(model, "nf4", compute_dtype=torch.float32)
     load_adapter(model, folders / "diff_v1-adapter")
-    assert "was trained on plain weights and is put on nf4 weights in float32" in caplog.text
+    assert "was trained on plain weights and is put on nf4 weights in float32" in our_log.text
 
 
 def test_every_documented_command_runs(folders, tmp_path, monkeypatch, capsys):

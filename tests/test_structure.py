@@ -68,10 +68,11 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "training",
     },
     "diagnose_ranks": set(),
-    "diagnose": {*CONFIG, "diagnose_ranks", "environment", "ops", "plan", "terminal", "training"},
+    "diagnose": {*CONFIG, "checkpoints", "diagnose_ranks", "environment", "ops", "plan", "terminal", "training"},
     "plan": {
         *CONFIG,
         "build",
+        "build_distill",
         "build_scale",
         "checkpoints",
         "data",

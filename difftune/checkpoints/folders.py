@@ -24,6 +24,11 @@ _SHOWN = 8
 _MODEL = "model."
 
 
+def could_be_hub_id(name: str) -> bool:
+    """Whether a name that no folder has may be ``owner/name`` on the hub; else it can only be a path."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+
+
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
     """Return the local folder of a checkpoint; a hub id (``owner/name``) is downloaded or found in the cache.
 
@@ -44,7 +49,7 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     if path.is_file():
         raise ValueError(f"{path} is a file: give the folder that holds it, with its config.json")
     text = str(path_or_hub_id)
-    if text.count("/") != 1 or text.startswith(("/", ".", "~")):
+    if not could_be_hub_id(text):
         raise ValueError(f"{text} does not exist: give a folder, or a hub id such as 'owner/name'")
     # Imported here: a local folder needs no hub client.
     from huggingface_hub import snapshot_download

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from difftune.build_distill import loss_options
 from difftune.config import Config, StageConfig
 from difftune.modeling import DiffTransformerConfig
 from difftune.ops import Documents
@@ -303,14 +304,7 @@ class _SkeletonTeacher(OnlineTeacher):
 class _SkeletonDistillation(DistillModule):
     """The module without a Trainer, at its first step."""
 
-    _dtype = torch.float64
-
-    @property
-    def _parts(self) -> torch.Tensor:
-        return torch.zeros(4, dtype=self._dtype)
-
-    @_parts.setter
-    def _parts(self, value: torch.Tensor) -> None:
+    def _count(self, *parts: torch.Tensor) -> None:
         """Nobody reads the sums."""
 
     def _align_weight(self) -> float:
@@ -327,12 +321,7 @@ def _distilling(stage: StageConfig, model: Any) -> DistillModule:
     return _SkeletonDistillation(
         model,
         teacher=teacher,
-        divergence=distill.divergence,
-        weight=distill.weight,
-        temperature=distill.temperature,
-        beta=distill.beta,
-        align_weight=distill.align_weight,
-        align_steps=distill.align_steps,
+        **loss_options(distill),
         lr=1.0,
         z_loss=stage.optim.z_loss,
     )

@@ -137,12 +137,15 @@ class DistillModule(FinetuneModule):
             beta=self.beta,
         )
         counts = (torch.zeros_like(count), count) if is_own else (count, torch.zeros_like(count))
-        parts = (divergence.detach(), output.loss_sum.detach(), *counts)
-        self._parts += torch.stack([part.to(self._dtype) for part in parts])
+        self._count(divergence.detach(), output.loss_sum.detach(), *counts)
         loss = self.weight * divergence + (1 - self.weight) * output.loss_sum
         if align_weight:
             loss = loss + align_weight * alignment_loss(mine, theirs, shift_labels(labels) != -100)
         return loss, count
+
+    def _count(self, *parts: torch.Tensor) -> None:
+        """Add to the sums that are logged."""
+        self._parts += torch.stack([part.to(self._dtype) for part in parts])
 
     def _is_own(self) -> bool:
         """Whether this batch is one whose answers the student writes; alike on all ranks."""

@@ -1,5 +1,4 @@
 import json
-import logging
 
 import pytest
 import torch
@@ -98,15 +97,12 @@ def save_gemma(folder):
     "save, reason",
     [(save_pickled, "neither"), (save_with_frequencies, "1 extra"), (save_gemma, "buffers that its config alone")],
 )
-def test_what_cannot_be_read_in_parts_is_loaded_whole_and_said(tmp_path, caplog, monkeypatch, save, reason):
+def test_what_cannot_be_read_in_parts_is_loaded_whole_and_said(tmp_path, our_log, save, reason):
     save(tmp_path)
-    monkeypatch.setattr(logging.getLogger("difftune"), "propagate", True)
-    with caplog.at_level(logging.INFO, logger="difftune"):
-        model, fill = load_sharded_teacher(str(tmp_path))
+    model, fill = load_sharded_teacher(str(tmp_path))
     assert fill is None
     assert not any(parameter.is_meta for parameter in model.parameters())
-    # A logger that was set up by a command may hand a record to pytest twice.
-    (message,) = set(caplog.messages)
+    (message,) = our_log.messages
     assert "every process loads the whole teacher" in message and reason in message
 
 

@@ -86,8 +86,10 @@ def test_damage_is_named(digits, tmp_path):
 
 
 def test_what_is_stored_is_not_scored_again(digits, tmp_path):
-    store(tmp_path, digits)
-    store(tmp_path, digits, score=lambda documents: pytest.fail("scored again"))
+    _, entry = store(tmp_path, digits)
+    before = {path.name: path.read_bytes() for path in entry.iterdir() if path.is_file()}
+    _, again = store(tmp_path, digits, score=lambda documents: pytest.fail("scored again"))
+    assert again == entry and before == {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()}
 
 
 def store_until_killed(cache):

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from difftune.ops import linear_cross_entropy
+from tests.largest_tensor import LargestTensor
 from tests.tolerances import assert_within_budget
 
 
@@ -60,20 +61,10 @@ def test_only_the_gradients_asked_for_are_made():
 
 def test_all_logits_are_never_held():
     hidden, weight = torch.randn(512, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    with LargestTensor() as largest:
         loss, _ = linear_cross_entropy(hidden, weight, torch.randint(0, 300, (512,)), chunk_elements=3000)
         loss.backward()
-    assert largest <= 3000, f"a tensor of {largest} elements; all logits would be {512 * 300}"
+    assert largest.numel <= 3000, f"a tensor of {largest.numel} elements; all logits would be {512 * 300}"
 
 
 def test_autocast_decides_the_dtype_of_the_products():

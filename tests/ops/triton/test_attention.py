@@ -30,7 +30,8 @@ def attend(q, k, v, lam, weight=None, **options):
 )
 def test_the_operator_keeps_what_torch_asks_of_operators(device, utility):
     arguments = (*leaves(device), None, None, 0, True, 0.2, 1e-5)
-    torch.library.opcheck(torch.ops.difftune.diff_attention_forward.default, arguments, test_utils=utility)
+    operator = torch.ops.difftune.diff_attention_forward.default
+    assert torch.library.opcheck(operator, arguments, test_utils=utility) == {utility: "SUCCESS"}
 
 
 def test_the_operator_takes_documents_and_padding(device):
@@ -40,7 +41,9 @@ def test_the_operator_takes_documents_and_padding(device):
     utilities = ("test_schema", "test_faketensor")
     for masks in ((cu_seqlens, None, 7), (None, mask, 0)):
         arguments = (q, k, v, lam, None, *masks, True, 0.2, 1e-5)
-        torch.library.opcheck(torch.ops.difftune.diff_attention_forward.default, arguments, test_utils=utilities)
+        operator = torch.ops.difftune.diff_attention_forward.default
+        found = torch.library.opcheck(operator, arguments, test_utils=utilities)
+        assert found == dict.fromkeys(utilities, "SUCCESS")
 
 
 def test_torch_compile_sees_it_whole(device):
