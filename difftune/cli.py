@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from difftune import __version__
 from difftune.cli_commands import COMMANDS, COMMON, command_help, help_text
+from difftune.interruption import raising
 from difftune.rank_errors import is_told_by_first
 
 
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        return _dispatch(parse(arguments))
+        with raising(signal.SIGINT, KeyboardInterrupt):
+            return _dispatch(parse(arguments))
     except KeyboardInterrupt:
         print("difftune: stopped by the user", file=sys.stderr)
         return 130

@@ -1,6 +1,8 @@
 """The command line: what it accepts, what it says, and its exit codes."""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -376,3 +378,17 @@ ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]")
 )
 def test_a_wrong_prepare_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert refuse(capsys, *arguments) == message
+
+
+def test_a_ctrl_c_that_became_another_error_is_a_ctrl_c(
+    calls: dict[str, Any], recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(config: Any, dry_run: bool) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("model.safetensors is damaged or incomplete") from None
+
+    monkeypatch.setattr(sys.modules["difftune.run"], "fit", fit)
+    assert cli.main(["fit", "--config", recipe]) == 130
+    assert capsys.readouterr().err == "difftune: stopped by the user\n"

@@ -6,17 +6,16 @@ import re
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import transformers
 from filelock import FileLock, Timeout
 
 import difftune
+from difftune.interruption import raising
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def new_folder(out_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path
     _remove_leftovers(target)
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _exit_on_sigterm():
+    with raising(signal.SIGTERM, lambda: SystemExit(128 + signal.SIGTERM)):
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         try:
             with FileLock(work / _LOCK):
@@ -140,24 +139,6 @@ pipeline_tag: text-generation
 |---|---|
 {table}
 {below}"""
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise, so that the process tidies up; its exit code is the one of a process that a signal ended."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield  # somebody else answers it, or nobody can here
-        return
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _remove_leftovers(target: Path) -> None:
