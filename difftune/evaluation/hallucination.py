@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-import torch
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from difftune.evaluation.answer_cache import AnswerCache, model_fingerprint
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.intervals import wilson_interval
 from difftune.evaluation.judges import Claim, Judge, JudgeUnavailableError
@@ -207,10 +207,11 @@ class HallucinationTask(ItemTask[HallucinationSample]):
     ) -> dict[int, tuple[str, bool]]:
         """Texts by index, from the cache where an earlier run wrote them; on disk before they are judged."""
         prompts = {index: _prompt(tokenizer, self.sources[index]) for index in indices}
-        state = fingerprint(model)
+        # Without a file nothing is found again, and nothing has to be told apart.
+        state = "" if self.cache is None else model_fingerprint(model)
         keys = {index: _key(state, prompts[index], self.max_new_tokens) for index in indices}
-        kept = self._read_cache()
-        missing = [index for index in indices if keys[index] not in kept]
+        kept = AnswerCache(self.cache)
+        missing = [index for index in indices if kept.get(keys[index]) is None]
         generations = generate_texts(
             model,
             tokenizer,
@@ -221,33 +222,9 @@ class HallucinationTask(ItemTask[HallucinationSample]):
         )
         for index, generation in zip(missing, generations, strict=True):
             if not generation.interrupted:
-                kept[keys[index]] = (generation.text.strip(), generation.finished)
-                self._keep(keys[index], *kept[keys[index]])
-        return {index: kept[keys[index]] for index in indices if keys[index] in kept}
-
-    def _read_cache(self) -> dict[str, tuple[str, bool]]:
-        if self.cache is None or not self.cache.is_file():
-            return {}
-        lines = self.cache.read_text(encoding="utf-8").splitlines(True)
-        entries = [json.loads(line) for line in lines if line.endswith("\n")]
-        return {entry["key"]: (entry["text"], entry["finished"]) for entry in entries}
-
-    def _keep(self, key: str, text: str, finished: bool) -> None:
-        if self.cache is None:
-            return
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with self.cache.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "text": text, "finished": finished}) + "\n")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of some numbers of every parameter: another after a step of training, the same for the same weights."""
-    # Of a model gathered by layers (`difftune.evaluation.replicas`), which does not hold all of them.
-    digest = hashlib.sha256(getattr(model, "weights_id", "").encode())
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)][:16]
-        digest.update(name.encode() + some.to(torch.float32).cpu().numpy().tobytes())
-    return digest.hexdigest()
+                kept.keep(keys[index], [generation.text.strip(), generation.finished])
+        written = {index: kept.get(keys[index]) for index in indices}
+        return {index: (text[0], text[1]) for index, text in written.items() if text is not None}
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, source: SourceText) -> list[int]:

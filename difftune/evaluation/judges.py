@@ -11,15 +11,16 @@ Source:
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from difftune.evaluation.answer_cache import AnswerCache
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,9 @@ class EndpointJudge:
     """Seconds before the second attempt; doubled before each further one."""
     timeout_s: float = 120.0
     """Seconds that an attempt may take."""
-    _answers: dict[str, str] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._answers = AnswerCache(self.cache)
 
     @property
     def name(self) -> str:
@@ -158,11 +161,11 @@ class EndpointJudge:
         """
         request = self._request(claim)
         key = hashlib.sha256(json.dumps([self.url, request], sort_keys=True).encode()).hexdigest()
-        answers = self._read_cache()
-        if key not in answers:
-            answers[key] = self._ask(request, is_over)
-            self._keep(key, answers[key])
-        return Judgement(parse_conclusion(answers[key]), answers[key])
+        answer = self._answers.get(key)
+        if answer is None:
+            answer = self._ask(request, is_over)
+            self._answers.keep(key, answer)
+        return Judgement(parse_conclusion(answer), answer)
 
     def _request(self, claim: Claim) -> dict[str, Any]:
         form = _SUMMARY if claim.question is None else _ANSWER
@@ -200,27 +203,6 @@ class EndpointJudge:
         asked = urllib.request.Request(address, json.dumps(request).encode(), headers)
         with urllib.request.urlopen(asked, timeout=self.timeout_s) as response:
             return str(json.load(response)["choices"][0]["message"]["content"])
-
-    def _read_cache(self) -> dict[str, str]:
-        if self._answers is None:
-            lines = (
-                self.cache.read_text(encoding="utf-8").splitlines(True) if self.cache and self.cache.is_file() else []
-            )
-            # A last line that was cut off by a crash is an answer that was not kept.
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-            self._answers = {entry["key"]: entry["answer"] for entry in entries}
-            if lines and not lines[-1].endswith("\n") and self.cache:
-                self.cache.write_text("".join(lines[:-1]), encoding="utf-8")
-        return self._answers
-
-    def _keep(self, key: str, answer: str) -> None:
-        if self.cache is None:
-            return
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with self.cache.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "answer": answer}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 @dataclass

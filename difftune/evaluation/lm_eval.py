@@ -7,7 +7,6 @@ Source:
     github.com/EleutherAI/lm-evaluation-harness: the paper's zero-shot tables and its HellaSwag under quantisation.
 """
 
-import hashlib
 import importlib.util
 import math
 from collections.abc import Iterable, Sequence
@@ -16,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from difftune.evaluation.answer_cache import model_fingerprint
 from difftune.evaluation.task import Clock, ItemTask, without_nan
 
 INSTALL = "lm_eval tasks need the harness: pip install 'difftune[lm-eval]'"
@@ -169,7 +168,7 @@ class HarnessTask(ItemTask[HarnessSample]):
         import lm_eval
 
         task = self.tasks[index]
-        kept = None if self.cache is None else self.cache / f"{task}-{_fingerprint(model)}"
+        kept = None if self.cache is None else self.cache / f"{task}-{model_fingerprint(model)}"
         found = lm_eval.simple_evaluate(
             model=harness_model(model, tokenizer, clock, self.batch_size, self.max_length),
             tasks=[task],
@@ -195,13 +194,6 @@ class HarnessTask(ItemTask[HarnessSample]):
             file.unlink()
         counts = found.get("n-samples", {})
         return HarnessSample(index, task, figures, sum(count["effective"] for count in counts.values()))
-
-
-def _fingerprint(model: Any) -> str:
-    """A hash of what a model says to some tokens: of its weights, and of all that changes what it computes."""
-    tokens = torch.arange(64, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    logits = model(input_ids=tokens).logits
-    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 @cache

@@ -13,7 +13,6 @@ modules with plain weights, and nothing that training holds is touched.
 """
 
 import math
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -161,8 +160,6 @@ def _by_layers(model: nn.Module, device: torch.device, sizes: str) -> Evaluated:
     }
     twins: dict[int, nn.Module] = {}
     twin = _twin(model, tensors, twins)
-    # What tells two states of a model apart by its weights does not see those of the layers.
-    vars(twin)["weights_id"] = uuid.uuid4().hex
     turns = _Turns(layers, device)
     for index, layer in enumerate(layers):
         turns.attach(index, twins[id(layer)])

@@ -1,11 +1,11 @@
 import logging
 
 import pytest
-import torch
 
 from difftune.data.tokenizers import build_tokenizer
-from difftune.evaluation.hallucination import HallucinationTask, SourceText, fingerprint
+from difftune.evaluation.hallucination import HallucinationTask, SourceText
 from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
+from difftune.evaluation.quantization import quantized_attention
 from tests.evaluation.judge_server import judge_server
 from tests.evaluation.scripted import tiny_model
 
@@ -62,15 +62,29 @@ def test_the_offline_judge_needs_no_network_and_says_its_name():
     assert result.complete and "offline, no judge" in str(result) and result.metrics()["accuracy"] == 0
 
 
-def test_texts_of_other_weights_are_not_taken_for_those_of_these():
-    model = tiny_model()
-    before = fingerprint(model)
-    assert fingerprint(tiny_model()) == before
-    with torch.no_grad():
-        model.lm_head.weight *= 1.001
-    assert fingerprint(model) != before
-
-
 def test_a_set_without_documents_is_refused():
     with pytest.raises(ValueError, match="no document"):
         HallucinationTask("stories", [], SpanSupportJudge())
+
+
+def test_texts_of_rounded_attention_are_not_taken_for_those_of_the_model_itself(tmp_path):
+    with judge_server() as server:
+        made = task(EndpointJudge(server.url, "m"), cache=tmp_path / "t.jsonl")
+        model = tiny_model()
+        plain = {sample.index: sample.text for sample in made.run(model, TOKENIZER)}
+        with quantized_attention(model, bits=2):
+            rounded = {sample.index: sample.text for sample in made.run(model, TOKENIZER)}
+            anew = {sample.index: sample.text for sample in task(SpanSupportJudge()).run(model, TOKENIZER)}
+        again = {sample.index: sample.text for sample in made.run(model, TOKENIZER)}
+    assert rounded == anew != plain == again
+
+
+def test_a_text_whose_line_was_cut_by_a_crash_costs_no_other(tmp_path):
+    with judge_server() as server:
+        made = task(EndpointJudge(server.url, "m"), cache=tmp_path / "t.jsonl")
+        texts = [sample.text for sample in made.run(tiny_model(), TOKENIZER)]
+        lines = (tmp_path / "t.jsonl").read_text().splitlines(True)
+        (tmp_path / "t.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+        for _ in range(2):
+            assert [sample.text for sample in made.run(tiny_model(), TOKENIZER)] == texts
+    assert sorted((tmp_path / "t.jsonl").read_text().splitlines(True)) == sorted(lines)
