@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from difftune.build import (
+    build_adapter,
     build_data,
     build_model,
     build_module,
@@ -32,7 +33,7 @@ from difftune.dry_run import StepCost, measure_step
 from difftune.evaluation.math import MathTask
 from difftune.report.data_check import FILE_NAME, draw_data_check
 from difftune.run_folder import write_json
-from difftune.training.strategies import kind_of_device
+from difftune.training.strategies import kind_of_device, named_devices
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def prepare_stages(
         if not stage.data.streaming:
             for source in sources:
                 _tokenize(source, tokenizer, cache_dir, workers, console)
+        else:
+            console.print("data.streaming=true: nothing is tokenised beforehand", highlight=False, soft_wrap=True)
         if teacher and teacher_settings(stage):
             _store_teacher(config, stage, tokenizer, sources, cache_dir, console)
         if check:
@@ -153,8 +156,10 @@ def _check_tokens(
     data = build_data(stage, tokenizer, cache_dir)
     stats = data.prepare()
     console.print(stats.table(), highlight=False)
-    lengths = np.zeros(0, np.int64)
-    if not stage.data.streaming:
+    if stage.data.streaming:
+        lengths = data.document_lengths()
+    else:
+        # Those that are lost to seq_len, too.
         lengths = np.concatenate([load_tokenized(source, tokenizer, cache_dir).lengths for source in sources])
     counts, edges = np.histogram(
         lengths, bins=_HISTOGRAM_BINS, range=(0, max(stats.longest_row, stage.data.seq_len) + 1)
@@ -195,20 +200,23 @@ def _check_tokens(
 
 def _forecast(config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, data: SFTDataModule) -> Forecast:
     trainer, stats = stage.trainer, data.stats
-    devices = trainer.devices if isinstance(trainer.devices, int) else 1
+    devices = named_devices(trainer.accelerator, trainer.devices, trainer.num_nodes)
+    # Devices that share each layer have the same rows.
+    groups = max(1, devices // trainer.fsdp.tensor_parallel_size)
     width = stats.tokens / max(1 - stats.padding_fraction, 1e-9)
     tokens_a_row = width / max(1, stats.batch_rows)
-    replicas = max(1, devices // trainer.context_parallel_size)
+    replicas = max(1, groups // trainer.context_parallel_size)
     rows = stage.data.micro_batch_size * replicas * trainer.accumulate_grad_batches
     cost = _cost(config, stage, tokenizer, data)
     return Forecast(
         tokens_an_epoch=round(width),
         label_tokens_an_epoch=stats.label_tokens,
-        steps=total_steps(stage, data, devices),
+        steps=total_steps(stage, data, groups),
         tokens_a_step=round(rows * tokens_a_row),
         tokens_per_s=None if cost is None else cost.tokens / cost.seconds,
         peak_memory_gib=None if cost is None else cost.peak_memory_gib,
         devices=devices,
+        complete=stats.complete,
     )
 
 
@@ -218,7 +226,10 @@ def _cost(
     """What a micro-batch costs here; None, with the reason in the log, where that cannot be measured."""
     try:
         model = build_model(config.model, tokenizer, config.seed)
-        return measure_step(build_module(stage, model, data, tokenizer), data, stage.trainer.accelerator)
+        adapted = build_adapter(config, model)
+        return measure_step(
+            build_module(stage, model, data, tokenizer, adapted=adapted), data, stage.trainer.accelerator
+        )
     except (ValueError, RuntimeError, MemoryError) as error:
         log.warning("no speed was measured, since no step could be taken here: %s", error)
         return None

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from difftune import run
+from difftune import cli, run
 from difftune.config import load_config
+from difftune.dry_run import StepCost
 from tests.data.test_doctor import TEST_PROBLEM, as_messages, make_row
 from tests.training.teaching import TOKENIZER, VOCABULARY, build_llama
 
@@ -139,3 +140,40 @@ def test_devices_that_share_rows_take_one_row_in_the_forecast(tmp_path, monkeypa
         steps[shared] = json.loads((folder / "data_check.json").read_text())["stages"][0]["forecast"]
     assert steps[1]["tokens_a_step"] == 2 * steps[2]["tokens_a_step"]
     assert steps[1]["steps"] == -(-steps[2]["steps"] // 2)
+
+
+@pytest.mark.parametrize(("devices", "count"), [("3", 3), ("[0,1]", 2), ("auto", 1)])
+def test_a_forecast_is_of_all_devices_of_all_machines(devices, count, tmp_path, monkeypatch):
+    monkeypatch.setattr("difftune.prepare._cost", lambda *unused: None)
+    machines = (f"trainer.devices={devices}", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=3")
+    prepare(*MODEL, *TRAIN, *machines, "data.check=false", f"run_dir={tmp_path}", check=True)
+    forecast = json.loads((tmp_path / "data_check.json").read_text())["stages"][0]["forecast"]
+    assert forecast["devices"] == 2 * count
+    assert forecast["tokens_a_step"] == 64 * 2 * 3 * 2 * count
+
+
+def test_a_forecast_of_an_adapter_measures_the_adapter_alone(teacher, tmp_path, monkeypatch):
+    """Its optimiser and gradients are what the memory is forecast from."""
+    trained = []
+
+    def measure(module, data, accelerator):
+        trained.extend(name for name, parameter in module.model.named_parameters() if parameter.requires_grad)
+        return StepCost(1.0, 1.0, 100)
+
+    monkeypatch.setattr("difftune.prepare.measure_step", measure)
+    assert cli.main(["convert", str(teacher), "--to", "diff_v2", "--out", str(tmp_path / "base")]) == 0
+    adapter = (f"model.path={tmp_path / 'base'}", "adapter.preset=attention", f"run_dir={tmp_path / 'run'}")
+    prepare("tokenizer=digits", *TRAIN, *adapter, check=True)
+    assert trained and all("lora_" in name or "lambda" in name for name in trained)
+
+
+def test_streamed_rows_are_left_to_the_training_and_said_to_be(tmp_path, capsys):
+    streamed = (*MODEL, *TRAIN, "data.streaming=true", f"run_dir={tmp_path / 'run'}")
+    prepare(*streamed)
+    assert "data.streaming=true: nothing is tokenised beforehand" in " ".join(capsys.readouterr().out.split())
+    prepare(*streamed, check=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    check = json.loads((tmp_path / "run" / "data_check.json").read_text())["stages"][0]
+    # Of the first block, as the counts beside it.
+    assert sum(check["histogram"]["counts"]) == check["statistics"]["kept"] == 120
+    assert "passes over the data" not in shown and "an epoch has" not in shown

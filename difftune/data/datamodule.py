@@ -187,6 +187,12 @@ class SFTDataModule(pl.LightningDataModule):
         self._corpus, self.stats = corpus, stats
         return stats
 
+    def document_lengths(self) -> np.ndarray:
+        """int64, shape [kept]: tokens of the documents that `prepare` counted and kept."""
+        self.prepare()
+        assert self._corpus is not None, "prepared above"
+        return self._corpus.lengths
+
     def setup(self, stage: str) -> None:
         """Prepare, if that was not done before.
 

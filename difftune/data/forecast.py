@@ -19,11 +19,15 @@ class Forecast:
     peak_memory_gib: float | None = None
     """Of one micro-batch on one device, measured."""
     devices: int = 1
+    complete: bool = True
+    """False when streaming: what an epoch has is not known."""
 
     @property
     def epochs(self) -> float | None:
         """Passes over the data."""
-        return None if self.steps is None else self.steps * self.tokens_a_step / max(1, self.tokens_an_epoch)
+        if self.steps is None or not self.complete:
+            return None
+        return self.steps * self.tokens_a_step / max(1, self.tokens_an_epoch)
 
     @property
     def hours(self) -> float | None:
@@ -34,11 +38,14 @@ class Forecast:
 
     def text(self) -> str:
         """The forecast, for people."""
-        lines = [f"an epoch has {self.tokens_an_epoch:,} tokens, {self.label_tokens_an_epoch:,} of them learned"]
-        if self.steps is not None:
+        lines = []
+        if self.complete:
             lines.append(
-                f"{self.steps:,} steps of {self.tokens_a_step:,} tokens: {self.epochs:.2f} passes over the data"
+                f"an epoch has {self.tokens_an_epoch:,} tokens, {self.label_tokens_an_epoch:,} of them learned"
             )
+        if self.steps is not None:
+            passes = "" if self.epochs is None else f": {self.epochs:.2f} passes over the data"
+            lines.append(f"{self.steps:,} steps of {self.tokens_a_step:,} tokens{passes}")
         if self.tokens_per_s is not None:
             hours = (
                 "" if self.hours is None else f": {self.hours:.2f} hours on {self.devices} of them, evaluations apart"

@@ -139,6 +139,28 @@ def count_devices(accelerator: str, devices: int | str | list[int], num_nodes: i
     return count
 
 
+def named_devices(accelerator: str, devices: int | str | list[int], num_nodes: int = 1) -> int:
+    """How many devices these arguments mean, over all machines, whether they are here or not.
+
+    Args:
+        accelerator: As of the Trainer.
+        devices: As of the Trainer; `auto` is all of this machine's.
+        num_nodes: Machines.
+
+    Example:
+        >>> named_devices("gpu", [0, 3], num_nodes=2), named_devices("gpu", "8")
+        (4, 8)
+    """
+    text = str(devices)
+    if isinstance(devices, list):
+        count = len(devices)
+    elif text in ("auto", "-1"):
+        count = max(1, AcceleratorRegistry.get(kind_of_device(accelerator)).auto_device_count())
+    else:
+        count = int(text) if text.isdecimal() else len(text.strip(",").split(","))
+    return count * num_nodes
+
+
 def build_strategy(
     name: str, *, devices: int = 1, tensor_parallel_size: int = 1, timeout_s: float = 1800.0, **sharding: Any
 ) -> Strategy | str:

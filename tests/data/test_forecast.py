@@ -14,3 +14,9 @@ def test_what_is_not_known_is_not_told():
     forecast = Forecast(1_000, 400, None, 100)
     assert forecast.hours is None and forecast.epochs is None
     assert "hours" not in forecast.text() and "GiB" not in forecast.text() and "steps" not in forecast.text()
+
+
+def test_of_a_stream_no_epoch_is_told():
+    forecast = Forecast(1_000, 400, 500, 100, tokens_per_s=10.0, complete=False)
+    assert forecast.epochs is None and forecast.hours is not None
+    assert "epoch" not in forecast.text() and "passes" not in forecast.text() and "500 steps" in forecast.text()

@@ -10,6 +10,7 @@ from difftune.training.strategies import (
     choose_strategy,
     count_devices,
     kind_of_device,
+    named_devices,
 )
 
 GIB = 2**30
@@ -52,6 +53,13 @@ def test_devices_are_counted_over_all_machines(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert count_devices("cpu", "auto") == 1
     assert count_devices("cpu", 3, num_nodes=2) == 6
+
+
+@pytest.mark.parametrize(("devices", "count"), [(8, 8), ("8", 8), ([1, 3, 5], 3), ("0,1", 2), ("auto", 1), ("-1", 1)])
+def test_devices_that_are_named_need_not_be_here(devices, count):
+    accelerator = "cpu" if devices in ("auto", "-1") else "gpu"
+    assert named_devices(accelerator, devices) == count
+    assert named_devices(accelerator, devices, num_nodes=3) == 3 * count
 
 
 def test_processes_that_torchrun_started_in_vain_are_refused(monkeypatch):
