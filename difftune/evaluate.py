@@ -156,11 +156,13 @@ def _print(
         of_kind = [task for task in tasks if task.kind == kind and task.name in found]
         what = "accuracy" if kind == "math" else kind
         table = Table(title=f"{what} of {label}")
-        for column in ("task", *found[of_kind[0].name].row(), "seconds"):
+        rows = {task.name: found[task.name].row() for task in of_kind}
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        for column in ("task", *columns, "seconds"):
             table.add_column(column, justify="left" if column == "task" else "right")
         for task in of_kind:
             seconds = f"{results[task.name]['seconds']:.1f}"
-            table.add_row(task.name, *found[task.name].row().values(), seconds)
+            table.add_row(task.name, *(rows[task.name].get(column, "-") for column in columns), seconds)
         _show(console, table)
     for task in tasks:
         if task.name not in found:

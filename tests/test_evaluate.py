@@ -38,6 +38,23 @@ def test_figures_are_returned_printed_and_written(tmp_path: Path) -> None:
     assert evaluate([SquareTask(4)], None)[0]["squares"]["sum"] == 14
 
 
+class PaperTask(SquareTask):
+    """A task whose result has a column that others of its kind lack."""
+
+    def summarise(self, samples: Any) -> Any:
+        result = super().summarise(samples)
+        row = {**result.row(), "paper": "0.5"}
+        object.__setattr__(result, "row", lambda: row)
+        return result
+
+
+def test_tasks_of_one_kind_share_a_table_whatever_columns_they_have() -> None:
+    _, shown = evaluate([SquareTask(4, "four"), PaperTask(5, "five")], None)
+    four, five = (next(line for line in shown.splitlines() if name in line) for name in ("four", "five"))
+    assert "paper" in shown and [cell.strip() for cell in four.split("│")[1:4]] == ["four", "14", "-"]
+    assert [cell.strip() for cell in five.split("│")[1:4]] == ["five", "30", "0.5"]
+
+
 def interrupt(count: int) -> None:
     if count == 2:
         raise KeyboardInterrupt

@@ -28,6 +28,16 @@ log = logging.getLogger(__name__)
 
 _EXAMPLES_A_BLOCK = 10
 
+PAPER = {
+    ("trec", "random"): {"diff_v1": (0.906, 0.92, 0.88), "softmax": (0.746, 0.82, 0.63)},
+    ("trec", "alternating"): {"diff_v1": (0.899, 0.967, 0.833), "softmax": (0.659, 0.867, 0.300)},
+    ("trec_fine", "random"): {"diff_v1": (0.829, 0.88, 0.79), "softmax": (0.647, 0.74, 0.50)},
+    ("banking77", "random"): {"diff_v1": (0.761, 0.81, 0.72), "softmax": (0.645, 0.71, 0.58)},
+    ("clinic150", "random"): {"diff_v1": (0.790, 0.82, 0.76), "softmax": (0.752, 0.81, 0.69)},
+}
+"""Mean, best and worst order by set and kind of order in the paper's Fig. 7 and 11: 3B models, 10 random orders or 30
+alternating ones of as many demonstrations as fit 64K tokens."""
+
 
 @dataclass(frozen=True)
 class Classification:
@@ -85,6 +95,10 @@ class ManyShotResult:
     """Items of the task."""
     samples: list[Classification] = field(repr=False)
     """Every classification, in order."""
+    name: str = ""
+    """Of the set."""
+    order: str = "random"
+    """Kind of order of the demonstrations."""
 
     @property
     def complete(self) -> bool:
@@ -118,7 +132,7 @@ class ManyShotResult:
         }
 
     def tables(self) -> list[Table]:
-        """By number of demonstrations, where there is more to show than the row does."""
+        """By number of demonstrations, where there is more to show than the row does; the paper's orders beneath."""
         if len(self.by_shots) < 2 and self.orders < 2:
             return []
         table = Table(title="accuracy by number of demonstrations")
@@ -128,6 +142,12 @@ class ManyShotResult:
             best, worst = (max(shot.accuracies), min(shot.accuracies)) if shot.accuracies else (float("nan"),) * 2
             cells = (share(value) for value in (shot.accuracy, best, worst, shot.margin))
             table.add_row(str(shot.shots), *cells, str(len(shot.accuracies)))
+        paper = PAPER.get((self.name, self.order), {}) if self.orders > 1 else {}
+        for kind, title in (("diff_v1", "DIFF 3B"), ("softmax", "Transformer 3B")):
+            if kind in paper:
+                mean, best, worst = paper[kind]
+                cells = (share(value) for value in (mean, best, worst, best - worst))
+                table.add_row(f"paper: {title}", *cells, "30" if self.order == "alternating" else "10", style="dim")
         return [table]
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,4 +316,4 @@ class ManyShotTask(ItemTask[Classification]):
             ]
             if whole:
                 figures.append(ShotFigures(shots, [fmean(answers) for answers in whole], len(self.test)))
-        return ManyShotResult(figures, len(self.labels), self.orders, self.num_items, done)
+        return ManyShotResult(figures, len(self.labels), self.orders, self.num_items, done, self.name, self.order)

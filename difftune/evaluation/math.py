@@ -19,6 +19,13 @@ from difftune.evaluation.task import Clock, ItemTask, share, without_nan
 
 _BATCHES_A_BLOCK = 8
 
+_SETS = ("gsm8k", "math", "svamp", "asdiv", "mawps", "carp", "tabmwp", "college_math")
+PAPER = {
+    "diff_v1": dict(zip(_SETS, (0.426, 0.250, 0.637, 0.838, 0.862, 0.425, 0.324, 0.300), strict=True)),
+    "softmax": dict(zip(_SETS, (0.412, 0.199, 0.550, 0.788, 0.751, 0.323, 0.275, 0.164), strict=True)),
+}
+"""Accuracy by set after the second stage in the paper's Fig. 10, 3B models, 16K tokens of output."""
+
 
 class Problem(Protocol):
     """What is asked of a problem, whoever made it."""
@@ -86,6 +93,8 @@ class MathResult:
     """Answers by verdict."""
     samples: list[Sample] = field(repr=False)
     """Every answer, in the order of the problems."""
+    name: str = field(default="", compare=False)
+    """Of the set."""
 
     @property
     def complete(self) -> bool:
@@ -120,8 +129,10 @@ class MathResult:
         return without_nan(values)
 
     def row(self) -> dict[str, str]:
-        """The figures as text, by column."""
+        """The figures as text, by column; the paper's for a set that it has."""
         low, high = self.interval
+        known = [figures[self.name] for figures in PAPER.values() if self.name in figures]
+        paper = {"paper: DIFF, Transformer 3B": ", ".join(map(share, known))} if known else {}
         return {
             "accuracy": share(self.accuracy),
             "95% interval": f"{low:.3f} to {high:.3f}",
@@ -129,6 +140,7 @@ class MathResult:
             "truncated": f"{self.truncated:.1%}",
             "unparsed": f"{self.unparsed:.1%}",
             "mean tokens": f"{self.mean_length:.0f}",
+            **paper,
         }
 
     def tables(self) -> list[Table]:
@@ -246,7 +258,7 @@ class MathTask(ItemTask[Sample]):
 
     def summarise(self, samples: Iterable[Sample]) -> MathResult:
         """Figures of the samples, of all parts together."""
-        return summarise(samples, self.num_items)
+        return summarise(samples, self.num_items, self.name)
 
     def close(self) -> None:
         """End the grading process."""
@@ -288,15 +300,15 @@ def evaluate_math(
     Raises:
         ValueError: If a setting is out of range, there is no problem, or a prompt cannot be built.
     """
-    task = MathTask("math", problems, max_new_tokens, batch_size, temperature, top_p, num_samples, seed)
+    task = MathTask("problems", problems, max_new_tokens, batch_size, temperature, top_p, num_samples, seed)
     try:
         return task.summarise(task.run(model, tokenizer, should_stop=should_stop, deadline=deadline))
     finally:
         task.close()
 
 
-def summarise(samples: Iterable[Sample], num_problems: int) -> MathResult:
-    """Figures of graded samples of some of so many problems."""
+def summarise(samples: Iterable[Sample], num_problems: int, name: str = "") -> MathResult:
+    """Figures of graded samples of some of so many problems of a set."""
     done = sorted(samples, key=lambda sample: sample.index)
     right_by_problem: dict[int, list[bool]] = {}
     for sample in done:
@@ -313,6 +325,7 @@ def summarise(samples: Iterable[Sample], num_problems: int) -> MathResult:
         mean_length=_mean([sample.num_tokens for sample in done]),
         verdicts={verdict: counts[verdict] for verdict in VERDICTS},
         samples=done,
+        name=name,
     )
 
 

@@ -20,6 +20,18 @@ from difftune.evaluation.haystack import CITIES, PROMPTS, Haystack, Needles, dra
 from difftune.evaluation.intervals import wilson_interval
 from difftune.evaluation.task import Clock, ItemTask, share, without_nan
 
+PAPER_4K = {
+    "diff_v1": {(1, 1): 1.00, (2, 2): 0.92, (4, 2): 0.84, (6, 2): 0.85},
+    "softmax": {(1, 1): 1.00, (2, 2): 0.85, (4, 2): 0.62, (6, 2): 0.55},
+}
+"""Accuracy at 4,096 tokens by needles and queries in the paper's Table 2, 3B models."""
+_LENGTHS_64K = range(8192, 65537, 8192)
+PAPER_64K = {
+    "diff_v1": dict(zip(_LENGTHS_64K, (1.00, 0.94, 0.87, 0.83, 0.83, 0.92, 0.84, 0.86), strict=True)),
+    "softmax": dict(zip(_LENGTHS_64K, (0.95, 0.84, 0.78, 0.64, 0.50, 0.75, 0.78, 0.52), strict=True)),
+}
+"""Mean over the depths by length, one of eight needles queried, in the paper's Fig. 5, 3B models."""
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -62,6 +74,10 @@ class NeedleResult:
     """Haystacks of the task."""
     samples: list[Retrieval] = field(repr=False)
     """Every haystack, in order."""
+    needles: int = 0
+    """Needles in a haystack."""
+    queries: int = 0
+    """Needles that were asked for."""
 
     @property
     def complete(self) -> bool:
@@ -96,7 +112,7 @@ class NeedleResult:
         }
 
     def tables(self) -> list[Table]:
-        """The heat map as numbers."""
+        """The heat map as numbers, with the paper's means beneath."""
         table = Table(title="accuracy by depth of the answer and length in tokens")
         table.add_column("depth", justify="right")
         for length in self.lengths:
@@ -104,7 +120,17 @@ class NeedleResult:
         for depth, cells in zip(self.depths, self.cells, strict=True):
             table.add_row(f"{depth:.0%}", *(share(value) for value in cells))
         table.add_row("mean", *(share(value) for value in self.by_length))
+        for kind, title in (("diff_v1", "DIFF 3B"), ("softmax", "Transformer 3B")):
+            known = [self._in_paper(kind, length) for length in self.lengths]
+            if any(value is not None for value in known):
+                cells = ("" if value is None else f"{value:.2f}" for value in known)
+                table.add_row(f"paper: {title}", *cells, style="dim")
         return [table]
+
+    def _in_paper(self, kind: str, length: int) -> float | None:
+        if length == 4096:
+            return PAPER_4K[kind].get((self.needles, self.queries))
+        return PAPER_64K[kind].get(length) if (self.needles, self.queries) == (8, 1) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the samples, ready for JSON: None stands for NaN."""
@@ -238,6 +264,8 @@ class NeedleTask(ItemTask[Retrieval]):
             counts=[[len(cell) for cell in row] for row in grid],
             total=self.num_items,
             samples=done,
+            needles=self.needles,
+            queries=self.queries,
         )
 
 

@@ -111,3 +111,13 @@ def speed_charts(groups: Sequence[Group], styles: dict[str, Style]) -> str:
             figure(metric_chart(groups, styles, "perf/peak_memory_gib", "GiB"), "Largest memory so far"),
         ]
     )
+
+
+def table_html(heads: Sequence[str], rows: Sequence[Sequence[str]], *, paper: int = 0) -> str:
+    """A table as HTML, the last `paper` rows of which are the paper's."""
+    first = f"<th>{escape(heads[0])}</th>" + "".join(f'<th class="num">{escape(head)}</th>' for head in heads[1:])
+    lines = []
+    for place, row in enumerate(rows):
+        cells = f"<td>{escape(row[0])}</td>" + "".join(f'<td class="num">{escape(cell)}</td>' for cell in row[1:])
+        lines.append(f"<tr{' class=paper' if place >= len(rows) - paper else ''}>{cells}</tr>")
+    return f'<div class="scroll"><table><tr>{first}</tr>{"".join(lines)}</table></div>'

@@ -9,13 +9,20 @@ from importlib import resources
 from typing import Any
 
 from difftune.report.charts import Line, heat_map, line_chart
-from difftune.report.curves import figure, grid
+from difftune.report.curves import figure, grid, table_html
 from difftune.report.style import COLOURS
 
 OURS = {"diff": "diff_v1", "transformer": "softmax"}
 """Our kinds of attention for the paper's two models."""
 
 _NAMES = {"diff": "DIFF", "transformer": "Transformer"}
+_ORDERS = {
+    "fig7a_trec_random_order_seeds": "trec, random",
+    "fig7b_trec_alternate_by_class_seeds": "trec, alternating",
+    "fig11b_trecfine_seeds": "trec_fine, random",
+    "fig11c_banking77_seeds": "banking77, random",
+    "fig11d_clinic150_seeds": "clinic150, random",
+}
 _CURVES = {
     "fig3a_loss_vs_params_B": ("Loss by size (Fig. 3a)", "billions of parameters", "loss"),
     "fig3b_loss_vs_tokens_B": ("Loss by tokens (Fig. 3b)", "billions of tokens", "loss"),
@@ -67,4 +74,29 @@ def paper_charts() -> str:
         )
         figures.append(figure(picture, f"Retrieval, 1 of 8 needles, {_NAMES[model]} (Fig. 5)"))
     note = "Models of another size and data than the runs above: shapes compare, levels do not."
-    return f"<p>{escape(data['source'])} {note}</p>{grid(figures)}"
+    return f"<p>{escape(data['source'])} {note}</p>{grid(figures)}{_tables()}"
+
+
+def _tables() -> str:
+    """What the paper has as single figures: maths and hallucination by set, needles at 4K, orders of demonstrations."""
+    data = paper_figures()
+    parts = []
+    for name, title in (
+        ("fig10_math_by_set", "Maths by set after stage 2 (Fig. 10), accuracy"),
+        ("section_3_6_hallucination", "Share of texts free of hallucination, judged by GPT-4o (section 3.6)"),
+    ):
+        rows = [[_NAMES[m], *(f"{value:.3g}" for value in data[name][m])] for m in _NAMES]
+        parts.append(f"<h3>{title}</h3>{table_html(['', *data[name]['sets']], rows)}")
+    needles = data["table2_needles_4k"]
+    heads = ["needles, queried", *(", ".join(map(str, pair)) for pair in needles["needles_and_queries"])]
+    rows = [[_NAMES[m], *(f"{value:.2f}" for value in needles[m])] for m in _NAMES]
+    parts.append(f"<h3>Retrieval at 4K (Table 2), accuracy</h3>{table_html(heads, rows)}")
+    rows = []
+    for name, title in _ORDERS.items():
+        for m in _NAMES:
+            values = [value / 100 for _, value in data[name][m]]
+            figures = (sum(values) / len(values), max(values), min(values), max(values) - min(values))
+            rows.append([title, _NAMES[m], *(f"{value:.3f}" for value in figures)])
+    heads = ["set, order", "", "mean", "best", "worst", "margin"]
+    parts.append(f"<h3>Orders of the demonstrations (Fig. 7 and 11), accuracy</h3>{table_html(heads, rows)}")
+    return "".join(parts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from difftune.report.charts import Line, heat_map, line_chart, map_picture, short
 from difftune.report.compare import Estimate, Group, estimate
-from difftune.report.curves import figure, grid
+from difftune.report.curves import figure, grid, table_html
 from difftune.report.paper import paper_figures, paper_lines
 from difftune.report.runs import KIND_NAMES
 from difftune.report.style import Style
@@ -86,7 +86,7 @@ def attention_section(groups: Sequence[Group]) -> str:
         for model, title in _PAPER_NAMES.items():
             answer, noise = fmean(table[model]["answer"]), fmean(table[model]["noise"])
             rows.append([f"{title}, mean over depths", f"{answer:.3f}", f"{noise:.3f}", f"{answer / noise:.3g}"])
-        parts.append(f"<h3>{escape(task)}</h3>{_table(['', 'answer', 'noise', 'signal to noise'], rows, paper=2)}")
+        parts.append(f"<h3>{escape(task)}</h3>{table_html(['', 'answer', 'noise', 'signal to noise'], rows, paper=2)}")
     if not parts:
         return ""
     note = (
@@ -139,7 +139,7 @@ def outlier_section(groups: Sequence[Group]) -> str:
                     rows.append([_title(group), *("-" if value is None else str(value) for value in values)])
             rows += [[name, *(short(value, 4) for value in table[model][what])] for model, name in _PAPER_NAMES.items()]
             heads = [title, *(rank.replace("_", " ") for rank in table["ranks"])]
-            parts.append(_table(heads, rows, paper=2))
+            parts.append(table_html(heads, rows, paper=2))
     return "".join(parts)
 
 
@@ -205,13 +205,3 @@ def _samples_of(samples: Sequence[dict[str, Any]], *names: str) -> dict[str, lis
         if all(name in sample for name in names):
             by_task.setdefault(str(sample["task"]), []).append(sample)
     return by_task
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, paper: int = 0) -> str:
-    """A table, the last rows of which are the paper's."""
-    first = f"<th>{escape(heads[0])}</th>" + "".join(f'<th class="num">{escape(head)}</th>' for head in heads[1:])
-    lines = []
-    for place, row in enumerate(rows):
-        cells = f"<td>{escape(row[0])}</td>" + "".join(f'<td class="num">{escape(cell)}</td>' for cell in row[1:])
-        lines.append(f"<tr{' class=paper' if place >= len(rows) - paper else ''}>{cells}</tr>")
-    return f'<div class="scroll"><table><tr>{first}</tr>{"".join(lines)}</table></div>'

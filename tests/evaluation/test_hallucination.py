@@ -1,9 +1,10 @@
 import logging
 
 import pytest
+from rich.console import Console
 
 from difftune.data.tokenizers import build_tokenizer
-from difftune.evaluation.hallucination import HallucinationTask, SourceText
+from difftune.evaluation.hallucination import PAPER, HallucinationTask, SourceText
 from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
 from difftune.evaluation.quantization import quantized_attention
 from tests.evaluation.judge_server import judge_server
@@ -25,7 +26,11 @@ def test_texts_are_judged_and_counted():
     metrics = result.metrics()
     assert metrics["accuracy"] == pytest.approx(1 / 5) and metrics["unparsed"] == pytest.approx(1 / 5)
     assert result.complete and metrics["n"] == 5 and "0.200 of 5 texts" in str(result)
-    assert result.row()["judge"] == result.to_dict()["judge"] == "m" and result.tables() == []
+    assert result.row()["judge"] == result.to_dict()["judge"] == "m"
+    console = Console(width=140, record=True)
+    console.print(*result.tables())
+    shown = console.export_text()
+    assert f"{PAPER['diff_v1']['multi_news']:.2f}" in shown and f"{PAPER['softmax']['qasper']:.2f}" in shown
     assert {sample.verdict for sample in result.samples} == {"true", "false", "unparsed"}
 
 

@@ -110,6 +110,16 @@ def test_the_margin_is_that_of_a_model_whose_answers_hang_on_the_order(order: st
     assert len(result.tables()) == 1
 
 
+def test_the_papers_margins_stand_below_those_of_its_sets() -> None:
+    (table,) = run(Classifier(kind_of), name="trec", shots=[3], orders=2, order="alternating").tables()
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [list(row[1:5]) for row in rows[1:]] == [
+        ["0.899", "0.967", "0.833", "0.134"], ["0.659", "0.867", "0.300", "0.567"],
+    ]  # fmt: skip
+    assert "DIFF" in rows[1][0] and "Transformer" in rows[2][0]
+    assert len(run(Classifier(kind_of), shots=[3], orders=2).tables()[0].rows) == 1
+
+
 def test_demonstrations_are_read_once_for_all_examples() -> None:
     model = Classifier(kind_of)
     many = task(shots=[18], test=TEST[:10])

@@ -13,7 +13,7 @@ from difftune.data.formats import Example
 from difftune.data.problems import load_problems
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.grading import Grader
-from difftune.evaluation.math import MathTask, Sample, evaluate_math, summarise
+from difftune.evaluation.math import PAPER, MathTask, Sample, evaluate_math, summarise
 from tests.evaluation.scripted import Problem, ScriptedModel, tiny_model
 
 # "@" is the end of text: problem 2 has no answer, problem 4 rambles on.
@@ -46,6 +46,17 @@ def test_the_figures_are_those_of_a_hand_made_case(tokenizer: PreTrainedTokenize
     assert result.verdicts == {"correct": 2, "wrong": 2, "unparsed": 1, "timeout": 0, "killed": 0}
     assert result.metrics()["accuracy_low"] == result.interval[0]
     assert json.loads(json.dumps(result.to_dict()))["interval"] == list(result.interval)
+
+
+def test_the_papers_accuracies_stand_beside_those_of_its_sets(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    rows = {name: MathTask(name, problems, max_new_tokens=12).summarise([]).row() for name in ("svamp", "sums")}
+    assert rows["svamp"]["paper: DIFF, Transformer 3B"] == "0.637, 0.550"
+    assert not any("paper" in column for column in rows["sums"])
+    # Their means are the paper's own.
+    means = [sum(known.values()) / 8 for known in PAPER.values()]
+    assert means == pytest.approx([0.508, 0.433], abs=6e-4)
 
 
 def test_several_answers_a_problem_are_averaged_by_problem(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,7 +152,7 @@ def no_template() -> PreTrainedTokenizerBase:
 def failures() -> Iterator[Any]:
     one = [Problem("a", "1+1", "2")]
     yield [], {}, build_tokenizer("digits"), "has no problem"
-    yield one, {"num_samples": 0}, build_tokenizer("digits"), "num_samples of task 'math' must be at least 1"
+    yield one, {"num_samples": 0}, build_tokenizer("digits"), "num_samples of task 'problems' must be at least 1"
     yield one, {"num_samples": 2}, build_tokenizer("digits"), "needs temperature > 0"
     yield one, {}, no_template(), "no chat template"
     yield [Problem("b7", "π", "1")], {}, build_tokenizer("digits"), "problem b7: the tokenizer cannot encode"

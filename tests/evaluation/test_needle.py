@@ -97,6 +97,24 @@ def test_haystacks_are_the_same_whatever_the_ranks_and_batches() -> None:
     assert [s.numbers for s in task(seed=1).run(Retriever(lambda *_: True), TOKENIZER)] != [s.numbers for s in whole]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "needles", "queries", "expected"),
+    [
+        ([4096], 6, 2, [["0.85"], ["0.55"]]),
+        ([512, 8192, 65536], 8, 1, [["", "1.00", "0.86"], ["", "0.95", "0.52"]]),
+        ([8192], 6, 2, []),
+        ([600], 8, 1, []),
+    ],
+)
+def test_the_papers_figures_stand_below_the_lengths_that_it_has(
+    lengths: list[int], needles: int, queries: int, expected: list[list[str]]
+) -> None:
+    (table,) = task(lengths=lengths, needles=needles, queries=queries).summarise([]).tables()
+    columns = [list(column.cells)[6:] for column in table.columns]
+    assert [list(row) for row in zip(*columns[1:], strict=True)] == expected
+    assert all("paper" in str(cell) for cell in columns[0])
+
+
 def test_a_random_model_finds_nothing() -> None:
     needle = task(samples_per_cell=1, lengths=[600], max_new_tokens=8)
     result = needle.summarise(needle.run(tiny_model(vocab_size=262), TOKENIZER))
