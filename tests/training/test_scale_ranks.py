@@ -12,7 +12,7 @@ FEW_STEPS = ["diff_v2", "recomputed", "recomputed_lora", "kept_gathered", "offlo
 TENSOR = ["tensor", "tensor_diff_v2", "tensor_softmax"]
 SKIPPING = ["nan_on_one_rank", "no_labels"]
 FSDP = [*TWENTY_STEPS, *FEW_STEPS, *TENSOR, *SKIPPING, "patience", "bfloat16", "bfloat16_weights"]
-DDP = ["full", "accumulation", *SKIPPING, "patience"]
+DDP = [*TWENTY_STEPS, *SKIPPING, "patience"]
 SAME = [f"fsdp:{name}" for name in (*TWENTY_STEPS, *FEW_STEPS, *TENSOR, *SKIPPING)] + [f"ddp:{name}" for name in DDP]
 
 
