@@ -48,7 +48,8 @@ class ScheduledEvaluation(Callback):
         every_n_steps: Optimiser steps between two evaluations. None: not by steps.
         every_n_tokens: Training tokens between two evaluations. None: not by tokens.
         every_fraction: Share of the training between two evaluations, above 0 and at most 1. None: not by share.
-        total_steps: Optimiser steps of the training, for `every_fraction`. None: what the Trainer expects.
+        total_steps: Optimiser steps of the training, for `every_fraction`. None: `total_steps` of the training module,
+            which knows how many ranks share the data, else what the Trainer expects.
         time_limit_s: Seconds for one evaluation; what a task leaves over goes to those after it. None: no limit.
         should_stop: Polled while texts are generated; True ends the evaluation at once (preemption).
         on_result: Called on all ranks with the trainer and the metrics of each evaluation that is complete.
@@ -107,7 +108,7 @@ class ScheduledEvaluation(Callback):
         """Evaluate before the first step, or what a preempted run owes."""
         self._last_step = trainer.global_step
         self._last_tokens = self._tokens(pl_module)
-        self._fraction_steps = self._plan(trainer)
+        self._fraction_steps = self._plan(trainer, pl_module)
         if self._pending or (self.before and trainer.global_step == 0):
             self._evaluate(trainer, pl_module)
 
@@ -156,11 +157,11 @@ class ScheduledEvaluation(Callback):
     def _tokens(self, pl_module: Any) -> int:
         return pl_module.tokens_seen if self.every_n_tokens is not None else 0
 
-    def _plan(self, trainer: Trainer) -> set[int]:
+    def _plan(self, trainer: Trainer, pl_module: LightningModule) -> set[int]:
         """The steps that `every_fraction` stands for."""
         if self.every_fraction is None:
             return set()
-        total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        total = self.total_steps or getattr(pl_module, "total_steps", None) or trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError(
                 f"every_fraction={self.every_fraction} needs a known number of steps: "

@@ -123,8 +123,8 @@ class NeedleResult:
         for kind, title in (("diff_v1", "DIFF 3B"), ("softmax", "Transformer 3B")):
             known = [self._in_paper(kind, length) for length in self.lengths]
             if any(value is not None for value in known):
-                cells = ("" if value is None else f"{value:.2f}" for value in known)
-                table.add_row(f"paper: {title}", *cells, style="dim")
+                shown = ("" if value is None else f"{value:.2f}" for value in known)
+                table.add_row(f"paper: {title}", *shown, style="dim")
         return [table]
 
     def _in_paper(self, kind: str, length: int) -> float | None:

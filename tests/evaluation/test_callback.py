@@ -157,6 +157,14 @@ def test_evaluations_are_at_the_steps_that_were_asked_for(
     assert task.closed
 
 
+def test_a_share_is_of_the_steps_that_the_training_module_counted(tmp_path: Path) -> None:
+    """It knows how many ranks share the data."""
+    module = Training(tiny_model(initializer_range=0.1))
+    module.total_steps = 6
+    evaluation = ScheduledEvaluation([FakeTask()], TOKENIZER, every_fraction=0.5, at_end=False)
+    assert steps(fit(evaluation, tmp_path, module)) == [0, 3, 6]
+
+
 def test_results_go_everywhere(tmp_path: Path) -> None:
     seen: list[tuple[int, dict[str, float], float]] = []
 
