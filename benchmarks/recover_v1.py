@@ -28,6 +28,7 @@ from benchmarks.upcycle_v1 import LENGTH, ROWS, build, library_bytes, llama_conf
 from difftune.checkpoints.llama import config_from_llama
 from difftune.checkpoints.streams import in_order
 from difftune.checkpoints.upcycle import config_to_v1, to_diff_v1
+from difftune.report.compare import t95
 from difftune.training.distill import DistillModule
 from difftune.training.finetune import FinetuneModule
 from difftune.training.teachers import OnlineTeacher
@@ -42,8 +43,6 @@ WAYS = {
     "reverse KL": {"weight": 1.0, "divergence": "reverse_kl"},
     "half each, attention outputs matched first": {"weight": 0.5, "align_weight": 1.0},
 }
-# Two-sided 95% of Student's t by degrees of freedom.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class Rows(IterableDataset):
@@ -115,7 +114,7 @@ def interval(values: Sequence[float], unit: str = "{:+.1%}") -> str:
     mean = unit.format(statistics.fmean(values))
     if len(values) < 2:
         return mean
-    half = _T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    half = t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean} ± {unit.format(half).lstrip('+')}"
 
 

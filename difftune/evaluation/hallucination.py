@@ -14,7 +14,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 from rich.table import Table
@@ -25,7 +24,7 @@ from difftune.evaluation.answer_cache import AnswerCache, model_fingerprint
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.intervals import wilson_interval
 from difftune.evaluation.judges import Claim, Judge, JudgeUnavailableError
-from difftune.evaluation.task import Clock, ItemTask, share, without_nan
+from difftune.evaluation.task import Clock, ItemTask, mean, share, without_nan
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +94,13 @@ class HallucinationResult:
 
     def metrics(self) -> dict[str, float]:
         """Accuracy with its 95% interval, and the share of answers of the judge that could not be read."""
-        accuracy = _mean([sample.verdict == "true" for sample in self.samples])
+        accuracy = mean([sample.verdict == "true" for sample in self.samples])
         low, high = wilson_interval(accuracy, len(self.samples))
         return {
             "accuracy": accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
-            "unparsed": _mean([sample.verdict == "unparsed" for sample in self.samples]),
+            "unparsed": mean([sample.verdict == "unparsed" for sample in self.samples]),
             "n": float(len(self.samples)),
         }
 
@@ -246,7 +245,3 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, source: SourceText) -> list[int]
 
 def _key(state: str, prompt: list[int], max_new_tokens: int) -> str:
     return hashlib.sha256(json.dumps([state, prompt, max_new_tokens]).encode()).hexdigest()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else float("nan")

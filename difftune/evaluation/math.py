@@ -15,7 +15,7 @@ from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.grading import VERDICTS, Grader
 from difftune.evaluation.intervals import wilson_interval
 from difftune.evaluation.prompts import PROMPTS, build_prompt, stop_strings
-from difftune.evaluation.task import Clock, ItemTask, share, without_nan
+from difftune.evaluation.task import Clock, ItemTask, mean, share, without_nan
 
 _BATCHES_A_BLOCK = 8
 
@@ -313,21 +313,17 @@ def summarise(samples: Iterable[Sample], num_problems: int, name: str = "") -> M
     right_by_problem: dict[int, list[bool]] = {}
     for sample in done:
         right_by_problem.setdefault(sample.index, []).append(sample.verdict == "correct")
-    accuracy = _mean([fmean(right) for right in right_by_problem.values()])
+    accuracy = mean([fmean(right) for right in right_by_problem.values()])
     counts = Counter(sample.verdict for sample in done)
     return MathResult(
         accuracy=accuracy,
         interval=wilson_interval(accuracy, len(right_by_problem)),
         n=len(right_by_problem),
         skipped=num_problems - len(right_by_problem),
-        truncated=_mean([not sample.finished for sample in done]),
-        unparsed=_mean([sample.verdict == "unparsed" for sample in done]),
-        mean_length=_mean([sample.num_tokens for sample in done]),
+        truncated=mean([not sample.finished for sample in done]),
+        unparsed=mean([sample.verdict == "unparsed" for sample in done]),
+        mean_length=mean([sample.num_tokens for sample in done]),
         verdicts={verdict: counts[verdict] for verdict in VERDICTS},
         samples=done,
         name=name,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else float("nan")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.haystack import CITIES, PROMPTS, Haystack, Needles, draw_needles
 from difftune.evaluation.intervals import wilson_interval
-from difftune.evaluation.task import Clock, ItemTask, share, without_nan
+from difftune.evaluation.task import Clock, ItemTask, mean, share, without_nan
 
 PAPER_4K = {
     "diff_v1": {(1, 1): 1.00, (2, 2): 0.92, (4, 2): 0.84, (6, 2): 0.85},
@@ -87,12 +87,12 @@ class NeedleResult:
     @property
     def accuracy(self) -> float:
         """Mean score of all haystacks."""
-        return _mean([sample.score for sample in self.samples])
+        return mean([sample.score for sample in self.samples])
 
     @property
     def by_length(self) -> list[float]:
         """Mean score by length, as the bottom line of Fig. 5."""
-        return [_mean([s.score for s in self.samples if s.length == length]) for length in self.lengths]
+        return [mean([s.score for s in self.samples if s.length == length]) for length in self.lengths]
 
     def metrics(self) -> dict[str, float]:
         """Accuracy with its 95% interval, and by length."""
@@ -108,7 +108,7 @@ class NeedleResult:
             "accuracy": share(self.accuracy),
             "95% interval": f"{low:.3f} to {high:.3f}",
             "n": str(len(self.samples)),
-            "unfinished": f"{_mean([not sample.finished for sample in self.samples]):.1%}",
+            "unfinished": f"{mean([not sample.finished for sample in self.samples]):.1%}",
         }
 
     def tables(self) -> list[Table]:
@@ -260,14 +260,10 @@ class NeedleTask(ItemTask[Retrieval]):
         return NeedleResult(
             lengths=list(self.lengths),
             depths=list(self.depths),
-            cells=[[_mean(cell) for cell in row] for row in grid],
+            cells=[[mean(cell) for cell in row] for row in grid],
             counts=[[len(cell) for cell in row] for row in grid],
             total=self.num_items,
             samples=done,
             needles=self.needles,
             queries=self.queries,
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else float("nan")

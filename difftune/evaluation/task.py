@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -197,6 +198,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def share(value: float) -> str:
     """A share as the tables show it; a dash for NaN."""
     return "-" if value != value else f"{value:.3f}"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; NaN of nothing."""
+    return fmean(values) if values else float("nan")
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:
