@@ -238,7 +238,9 @@ def _tokenized(
         return
     # The children of a fork share what is imported; elsewhere each imports anew.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, context, initializer=_remember, initargs=(source, tokenizer, os.getpid())) as pool:
+    with ProcessPoolExecutor(
+        workers, context, initializer=_remember, initargs=(source, tokenizer, os.getpid())
+    ) as pool:
         waiting: deque[Future[TokenizedSet]] = deque()
         try:
             for piece in pieces:
