@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import is_gone
 from tests.ranks import run_group, run_ranks
 
 
@@ -46,15 +47,4 @@ def test_a_hang_is_killed_with_all_it_started(tmp_path):
     with pytest.raises(AssertionError, match=r"hung, nothing was written for 5 s(.|\n)*started"):
         run_group([sys.executable, "-c", program], timeout_s=5)
     child = json.loads((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 60
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(child)
-
-
-def is_running(pid):
-    """A process that has been killed ends when it is its turn; then nobody may have collected it yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert is_gone(child)

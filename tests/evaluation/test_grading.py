@@ -1,4 +1,3 @@
-import glob
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from difftune.evaluation.answers import Answer, math_form, normalise
 from difftune.evaluation.grading import Grader, _compare_numbers, _gold_form, grade
 from difftune.evaluation.grading_worker import verdict_of
 from tests.conftest import ROOT, shared_data
+from tests.processes import children, is_gone
 
 HANG = r"\boxed{9^{9^{9^9}}}"
 GLUTTON = r"\boxed{(x+1)^{100000}}"
@@ -35,35 +35,9 @@ def grader() -> Iterator[Grader]:
         yield grader
 
 
-def children() -> dict[int, str]:
-    """Processes that this one has started and not waited for: state by id."""
-    found = {}
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        try:
-            pid, _, rest = Path(path).read_text().partition(" (")
-        except OSError:
-            continue
-        state, parent = rest.rpartition(") ")[2].split()[:2]
-        if int(parent) == os.getpid():
-            found[int(pid)] = state
-    return found
-
-
 def worker_pid(grader: Grader) -> int:
     assert grader._worker is not None
     return grader._worker._process.pid
-
-
-def is_gone(pid: int, patience_s: float = 60.0) -> bool:
-    end = time.monotonic() + patience_s
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z"):
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def when_at_work(own: Grader, number: int, target: int) -> threading.Thread:

@@ -109,7 +109,7 @@ def test_lambda_of_every_layer_is_what_the_forward_used(every, steps):
     class Before(Callback):
         def on_train_batch_start(self, trainer, pl_module, *args):
             for i, layer in enumerate(pl_module.model.layers):
-                expected[trainer.global_step + 1, f"lambda/layer_{i:02d}"] = float(layer.lambda_full())
+                expected[trainer.global_step + 1, f"lambda/layer_{i:02d}"] = layer.lambda_full().item()
 
     seen = record(module)
     trainer = build_trainer(
