@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import cuda_interleaved, environment, interleaved, machine, ratios, spread, table
+from benchmarks.common import cuda_interleaved, environment, interleaved, machine, ratio, ratios, spread, table
 from benchmarks.contenders import BASELINE, VANILLA, Case, Contender, check, contenders, saved_per_head
 
 PASSES = ("fwd", "fwd+bwd", "decode")
@@ -90,8 +90,8 @@ def measure(kind: str, case: Case, args: argparse.Namespace, checked: set[Any]) 
                 "dtype": args.dtype,
                 "what": name,
                 "ms": [1e3 * s for s in seconds[name]],
-                "tflops": None if kind == "decode" else case.flops(backward, name == VANILLA) / took / 1e12,
-                "gb_per_s": case.cache_bytes / took / 1e9 if kind == "decode" else None,
+                "tflops": None if kind == "decode" else ratio(case.flops(backward, name == VANILLA), took) / 1e12,
+                "gb_per_s": ratio(case.cache_bytes, took) / 1e9 if kind == "decode" else None,
                 "saved_nd": saved,
                 "times_baseline": ratios(seconds[BASELINE], seconds[name]),
             }
@@ -125,7 +125,7 @@ def copy_gb_per_s(device: str) -> float:
     target = torch.empty_like(source)
     timer = cuda_interleaved if device == "cuda" else interleaved
     seconds = timer({"copy": lambda: target.copy_(source)}, 5)["copy"]
-    return 2 * source.numel() / median(seconds) / 1e9
+    return ratio(2 * source.numel(), median(seconds)) / 1e9
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -84,9 +85,14 @@ def cuda_interleaved(
     return seconds
 
 
+def ratio(amount: float, measured: float) -> float:
+    """``amount / measured``; NaN where a clock or a counter was too coarse to measure anything."""
+    return amount / measured if measured > 0 else math.nan
+
+
 def ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
     """Baseline over ours within each round: above 1 where ours is faster (or smaller)."""
-    return [b / o for b, o in zip(baseline, ours, strict=True)]
+    return [ratio(b, o) for b, o in zip(baseline, ours, strict=True)]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

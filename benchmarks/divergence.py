@@ -12,7 +12,7 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import PeakMemory, machine, report, run_child, table
+from benchmarks.common import PeakMemory, machine, ratio, report, run_child, table
 
 PLAIN, DENSE, SPARSE = "torch, all logits", "chunked", "chunked, stored top 64"
 KINDS = (PLAIN, DENSE, SPARSE)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     plain = results[PLAIN]["step_gib"]
     rows = [
-        [kind, f"{result['step_gib']:.2f}", f"{result['step_gib'] / plain:.3f}", f"{result['loss']:.5f}"]
+        [kind, f"{result['step_gib']:.2f}", f"{ratio(result['step_gib'], plain):.3f}", f"{result['loss']:.5f}"]
         for kind, result in results.items()
     ]
     print(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from benchmarks.common import ROOT, machine, table
+from benchmarks.common import ROOT, machine, ratio, table
 from difftune.build import build_data, build_model, build_module, build_tasks, build_tokenizer, total_steps
 from difftune.config import load_config
 from difftune.terminal import set_up_logging
@@ -83,13 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             task.close()
         count = _evaluations(stage.evaluation, steps)
         evaluation_s, training_s = evaluation_s + count * one_s, training_s + steps * step_s
-        share = count * one_s / (count * one_s + steps * step_s)
+        share = ratio(count * one_s, count * one_s + steps * step_s)
         items = sum(task.num_items for task in tasks)
         rows.append(
             [stage.name, f"{steps} x {step_s:.3f}", f"{count} x {one_s:.2f} ({items} problems)", f"{share:.1%}"]
         )
     rows.append(
-        ["all", f"{training_s:.0f}", f"{evaluation_s:.0f}", f"{evaluation_s / (evaluation_s + training_s):.1%}"]
+        ["all", f"{training_s:.0f}", f"{evaluation_s:.0f}", f"{ratio(evaluation_s, evaluation_s + training_s):.1%}"]
     )
     print(f"Scheduled evaluation of {args.recipe.name}; median step of {args.steps}; {machine(args.threads)}\n")
     print(table(["stage", "training, s", "evaluation, s", "share of the time"], rows))

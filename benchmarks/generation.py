@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.common import machine, ratios, spread, table
+from benchmarks.common import machine, ratio, ratios, spread, table
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
@@ -99,7 +99,7 @@ def measure(
 
     begun = time.perf_counter()
     plain = without_cache(model, prompts[:2], args.new_tokens)
-    slow = 2 * args.new_tokens / (time.perf_counter() - begun)
+    slow = ratio(2 * args.new_tokens, time.perf_counter() - begun)
     expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
     together, alone = write(args.batch_size), write(1)
     if together != alone or alone[:2] != expected:
@@ -113,7 +113,7 @@ def measure(
             seconds[name].append(time.perf_counter() - begun)
     rows = [[kind, "no cache", f"{slow:.0f}", ""]]
     for name, times in seconds.items():
-        speed = spread([tokens / s for s in times], 0)
+        speed = spread([ratio(tokens, s) for s in times], 0)
         rows.append([kind, name, speed, spread(ratios(seconds["one by one"], times), 1)])
     return rows
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.common import PeakMemory, machine, report, run_child, table
+from benchmarks.common import PeakMemory, machine, ratio, report, run_child, table
 
 PARTS = ("step", "nll", "context")
 
@@ -100,7 +100,7 @@ def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, fl
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
     start = mean_y - slope * mean_x
-    return start, slope, max(abs(start + slope * x - y) for x, y in zip(xs, ys, strict=True)) / max(ys)
+    return start, slope, ratio(max(abs(start + slope * x - y) for x, y in zip(xs, ys, strict=True)), max(ys))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,7 +167,7 @@ def shared_row(args: argparse.Namespace) -> None:
         total = {"loss": sum(part["loss"] for part in both), "labels": sum(part["labels"] for part in both)}
         _require_equal(f"{length} tokens: the loss of two processes", total, one)
         for who, found in (("one process", one), *((f"rank {rank} of 2", part) for rank, part in enumerate(both))):
-            share = f"{found['gib'] / one['gib']:.2f}"
+            share = f"{ratio(found['gib'], one['gib']):.2f}"
             rows.append([f"{length:,}", who, f"{found['gib']:.3f}", share, f"{found['seconds']:.1f}"])
     print(table(["tokens", "process", "step GiB", "of one", "step s"], rows))
 

@@ -10,7 +10,7 @@ import argparse
 import gc
 from collections.abc import Sequence
 
-from benchmarks.common import PeakMemory, machine, report, run_child, table
+from benchmarks.common import PeakMemory, machine, ratio, report, run_child, table
 
 BASELINE, OURS = "transformers DiffLlama", "difftune"
 
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         [kind, f"{result['step_gib']:.2f}", f"{result['total_gib']:.2f}", f"{result['loss']:.5f}"]
         for kind, result in results.items()
     ]
-    ratio = {what: results[OURS][what] / results[BASELINE][what] for what in ("step_gib", "total_gib")}
-    rows.append(["ours / baseline", f"{ratio['step_gib']:.3f}", f"{ratio['total_gib']:.3f}", ""])
+    share = {what: ratio(results[OURS][what], results[BASELINE][what]) for what in ("step_gib", "total_gib")}
+    rows.append(["ours / baseline", f"{share['step_gib']:.3f}", f"{share['total_gib']:.3f}", ""])
     print(
         f"Peak memory of one forward and backward: {args.tokens} tokens in rows of {args.seq_len}, vocabulary "
         f"{args.vocab_size}, hidden {args.hidden_size}, {args.layers} layers, float32"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PeakMemory, machine, report, run_child, table
+from benchmarks.common import PeakMemory, machine, ratio, report, run_child, table
 
 CONFIGURATIONS = {
     "diff_v1, bf16-mixed, checkpointing": ["trainer.precision=bf16-mixed", "model.gradient_checkpointing=true"],
@@ -186,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name,
                 f"{planned:.1f}",
                 f"{allocated:.1f}",
-                f"{planned / allocated:.3f}",
+                f"{ratio(planned, allocated):.3f}",
                 f"{resident:.1f}",
-                f"{planned / resident:.3f}",
+                f"{ratio(planned, resident):.3f}",
             ]
         )
     print("Peak memory of a training step, MiB: planned, and measured over two optimiser steps")

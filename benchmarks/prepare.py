@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PeakMemory, interleaved, machine, report, run_child, spread, table
+from benchmarks.common import PeakMemory, interleaved, machine, ratio, ratios, report, run_child, spread, table
 
 
 def write_rows(path: Path, rows: int, characters: int) -> list[str]:
@@ -143,11 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(hashes) != 1:
         raise SystemExit(f"{len(hashes)} different results from the same rows. No speed is printed for a wrong result.")
     rows = []
-    limit = [sizes["tokenizer alone"] / s for s in next(iter(seconds.values()))]
+    limit = [ratio(sizes["tokenizer alone"], s) for s in next(iter(seconds.values()))]
     for name, taken in seconds.items():
         tokens = sizes["tokenizer alone" if name.startswith("tokenizer") else "prepare"]
-        speeds = [tokens / s for s in taken]
-        shares = [speed / most for speed, most in zip(speeds, limit, strict=True)]
+        speeds = [ratio(tokens, s) for s in taken]
+        shares = ratios(speeds, limit)
         # The first call was not timed.
         cpu = used[name][1:]
         a_second = spread([tokens / s / 1e3 for s in cpu], 0) if all(cpu) else "too short to tell"

@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 trained = recover(converted, llama, WAYS[name], Bytes(learned, 2 * seed + 2), args.recovery, lr)
             end = loss(trained, held_out, TEST_ROWS)
-            found.append((after - end) / losts[-1])
+            found.append((after - end) / losts[-1] if losts[-1] else math.nan)
             print(f"seed {seed}: {name}, lr {lr:g}: {end:.4f}, recovered {found[-1]:.1%}", flush=True)
     base = max((found for (name, _), found in shares.items() if name == BASELINE), key=statistics.fmean)
     rows = []

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import build_diffllama, build_difftune
-from benchmarks.common import environment, machine, ratios, spread, table
+from benchmarks.common import environment, machine, ratio, ratios, spread, table
 from benchmarks.contenders import BASELINE, Case, backends
 from difftune import patch_diffllama
 
@@ -68,7 +68,7 @@ def measure(name: str, build: Callable[[], Any], ids: torch.Tensor, steps: int) 
         "what": name,
         "loss": losses[0],
         "seconds": seconds[2:],
-        "tokens_per_s": ids.numel() / median(seconds[2:]),
+        "tokens_per_s": ratio(ids.numel(), median(seconds[2:])),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
     }
 

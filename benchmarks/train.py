@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, ratios, report, run_child, spread, table
+from benchmarks.common import machine, ratio, ratios, report, run_child, spread, table
 
 BARE, TRL, OURS = "bare loop, DiffLlama", "TRL SFTTrainer, DiffLlama", "difftune"
 FULL = (BARE, TRL, OURS)
@@ -193,8 +193,8 @@ def finish(args: argparse.Namespace, losses: list[float], ends: list[float], lab
     """Report what was measured after the warm-up steps."""
     seconds = [b - a for a, b in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
     report(
-        tokens_per_s=args.batch_size * args.seq_len / statistics.median(seconds),
-        label_tokens_per_s=sum(labels[WARM_UP:]) / sum(seconds),
+        tokens_per_s=ratio(args.batch_size * args.seq_len, statistics.median(seconds)),
+        label_tokens_per_s=ratio(sum(labels[WARM_UP:]), sum(seconds)),
         first_loss=losses[0],
         last_loss=losses[-1],
     )

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# What was raised in each block that is open now, the outermost first.
+_raised_in: list[list[BaseException]] = []
+
 
 @contextmanager
 def raising(number: int, error: Callable[[], BaseException]) -> Iterator[None]:
@@ -13,6 +16,8 @@ def raising(number: int, error: Callable[[], BaseException]) -> Iterator[None]:
 
     A handler runs wherever Python is called, also from compiled code, which may replace what it raises by an error of
     its own: while safetensors reads a tensor, torch 2.13 makes a ValueError on a shape of one interruption in five.
+    What runs when an object is freed loses it altogether, and the work goes on: what cannot be taken back begins with
+    :func:`raise_pending`.
 
     Where the signal has a handler of somebody else, or is ignored, or in a thread, which gets no signals, nothing
     changes.
@@ -40,6 +45,7 @@ def raising(number: int, error: Callable[[], BaseException]) -> Iterator[None]:
         raise raised[-1]
 
     signal.signal(number, leave)
+    _raised_in.append(raised)
     try:
         yield
     except BaseException as caught:
@@ -50,4 +56,16 @@ def raising(number: int, error: Callable[[], BaseException]) -> Iterator[None]:
         if raised:
             raise raised[-1]  # something in the block caught it: the process was to end nevertheless
     finally:
+        _raised_in.pop()
         signal.signal(number, before)
+
+
+def raise_pending() -> None:
+    """Raise what a signal has raised in a block of :func:`raising` around this one, if it was lost on its way.
+
+    Raises:
+        BaseException: What ``error`` made.
+    """
+    for raised in _raised_in:
+        if raised:
+            raise raised[-1]

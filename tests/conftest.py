@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Before anything imports triton, which reads it once: without a GPU its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What a terminal or a CI would have tables look like; and our servers are on this machine, behind no proxy.
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,10 +63,19 @@ def smollm2(smollm2_conversion: Any) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same random state, so that none depends on which ran before it."""
+def seeded() -> Iterator[None]:
+    """Every test starts from the same state, so that none depends on which ran before it in its process."""
     random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
+    before = dict(os.environ)
+    yield
+    # A benchmark takes as many as it is told to. More than one would hang in a process that is forked after that.
+    torch.set_num_threads(1)
+    # Lightning leaves the port of its ranks there.
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture

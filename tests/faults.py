@@ -32,8 +32,8 @@ from tests.training import fault_ranks
 RANKS = 2
 TOLERANCE = 1e-5
 # As torchrun: first SIGTERM to those that are left, then SIGKILL.
-GRACE_S, ORDERLY_S = 30.0, 5.0
-LIMIT_S = 120.0
+GRACE_S, ORDERLY_S = 180.0, 60.0
+LIMIT_S = 600.0
 KINDS = ("kill -9 in a save", "signal in a step", "signal in an evaluation", "signal in a save")
 EVENTS = {"step": "step", "evaluation": "evaluation", "save": "save"}
 

@@ -1,10 +1,12 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
-from difftune.interruption import raising
+from difftune.interruption import raise_pending, raising
+from difftune.training.preemption import Preemption
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,31 @@ def test_an_interruption_that_was_caught_is_raised_at_the_end() -> None:
             went_on = True
     assert went_on
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_cannot_be_taken_back_does_not_begin_after_an_interruption_that_was_lost() -> None:
+    begun = False
+    with (
+        pytest.raises(SystemExit),
+        raising(signal.SIGTERM, lambda: SystemExit(143)),
+        raising(signal.SIGINT, KeyboardInterrupt),
+    ):
+        raise_pending()
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise_pending()
+        begun = True
+    assert not begun
+    raise_pending()
+
+
+def test_a_second_ctrl_c_of_an_orderly_stop_is_known_too() -> None:
+    with pytest.raises(KeyboardInterrupt), raising(signal.SIGINT, KeyboardInterrupt), Preemption((signal.SIGINT,)):
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
 
 
 def test_without_a_signal_an_error_stays_what_it_is() -> None:

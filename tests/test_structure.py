@@ -1,6 +1,7 @@
 """The shape of the project: arrows, file lengths, the README's tree, mirrored tests, docstrings, recipe headers."""
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -276,11 +277,11 @@ SKIPPED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".mypy_cache
 
 
 def text_files() -> list[Path]:
-    files = []
-    for path in ROOT.rglob("*"):
-        parts = set(path.relative_to(ROOT).parts)
-        if path.is_file() and path.suffix in TEXT_SUFFIXES and not parts & SKIPPED and not path.match("*.egg-info/*"):
-            files.append(path)
+    files: list[Path] = []
+    for folder, folders, names in os.walk(ROOT):
+        # Not even looked into: there other processes make and remove what they like.
+        folders[:] = [name for name in folders if name not in SKIPPED and not name.endswith(".egg-info")]
+        files += [Path(folder, name) for name in names if Path(name).suffix in TEXT_SUFFIXES and name not in SKIPPED]
     return files
 
 

@@ -15,7 +15,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 import difftune
-from difftune.interruption import raising
+from difftune.interruption import raise_pending, raising
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def new_folder(out_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path
                 written = work / _NEW / target.name
                 written.mkdir(parents=True)
                 yield written
+                raise_pending()
                 _put_in_place(written, target, work / _OLD)
         finally:
             shutil.rmtree(work, ignore_errors=True)

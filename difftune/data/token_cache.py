@@ -238,7 +238,9 @@ def _tokenized(
         return
     # The children of a fork share what is imported; elsewhere each imports anew.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, context, initializer=_remember, initargs=(source, tokenizer)) as pool:
+    with ProcessPoolExecutor(
+        workers, context, initializer=_remember, initargs=(source, tokenizer, os.getpid())
+    ) as pool:
         waiting: deque[Future[TokenizedSet]] = deque()
         try:
             for piece in pieces:
@@ -256,12 +258,12 @@ def _tokenized(
 _task: tuple[Source, PreTrainedTokenizerBase] | None = None
 
 
-def _remember(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+def _remember(source: Source, tokenizer: PreTrainedTokenizerBase, parent: int) -> None:
     """What a process of the pool needs for every piece; one thread each."""
     global _task
     _task = (source, tokenizer)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
 def _leave_with(parent: int) -> None:

@@ -13,6 +13,7 @@ math-verify would decide them; everything else goes to the worker, many pairs to
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,9 @@ _SURELY_DIFFERENT = Decimal("0.00001")
 # What a double holds for certain: beyond, math-verify's rounding decides.
 _EXACT_DIGITS = 15
 _START_TIMEOUT_S = 120.0
+# The limit of a comparison is processor time, so that no verdict depends on what else the machine does. A process that
+# gets none of it, as one that was stopped, has so many times as long by the clock.
+_PATIENCE = 30
 # Neither a fork nor multiprocessing's spawn: a process with threads and a GPU, a notebook and a script without a
 # __main__ guard can all start it. It finds modules where the parent does.
 _BOOTSTRAP = (
@@ -72,7 +76,7 @@ class Grader:
     `close`, on garbage collection and at exit. Safe to call from any thread, and after a fork.
 
     Args:
-        timeout_s: Time for one comparison, in seconds.
+        timeout_s: Processor time for one comparison, in seconds.
         memory_gib: Memory for comparisons, in GiB, on top of the imported libraries.
 
     Raises:
@@ -209,7 +213,7 @@ class _Worker:
         try:
             self._connection.send(cases)
             for _ in cases:
-                if not self._connection.poll(self._timeout_s):
+                if not self._connection.poll(_PATIENCE * self._timeout_s):
                     yield "timeout"
                     return
                 verdict = self._connection.recv()
@@ -217,7 +221,8 @@ class _Worker:
                 if verdict == "killed":
                     return
         except (EOFError, ConnectionError):
-            yield "killed"
+            # The signal is that of the worker's own alarm.
+            yield "timeout" if self._process.wait() == -signal.SIGPROF else "killed"
 
     def close(self) -> None:
         """Kill the process and wait for it."""

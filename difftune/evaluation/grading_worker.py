@@ -6,12 +6,11 @@ Imports nothing of difftune and no torch: it starts in half a second, and its me
 import logging
 import os
 import resource
+import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 _POLL_S = 2.0
-# Headroom of the processor time limit over the parent's clock, which is the one that decides.
-_SPARE_CPU_S = 10
 
 
 def main(fd: int, parent: int, memory_bytes: int, timeout_s: float) -> None:
@@ -23,7 +22,7 @@ def main(fd: int, parent: int, memory_bytes: int, timeout_s: float) -> None:
         fd: Descriptor of the connection to the parent.
         parent: Process id of the parent.
         memory_bytes: Address space that comparisons may take on top of the imported libraries.
-        timeout_s: Time the parent grants one pair.
+        timeout_s: Processor time for one pair; SIGPROF ends the process that takes longer.
     """
     connection = Connection(fd)
     # Its own time limits are signals, which the parent's clock replaces; it would warn about that.
@@ -31,6 +30,8 @@ def main(fd: int, parent: int, memory_bytes: int, timeout_s: float) -> None:
     verdict_of(r"\boxed{1}", r"\boxed{1}")  # imports, and compiles the expressions, before the limit is set
     limit = _address_space("VmSize") + memory_bytes
     _set_limit(resource.RLIMIT_AS, limit)
+    # Its default, which ends the process also in the middle of compiled code.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     connection.send("ready")
     while True:
         # A child forked by the parent may hold the other end open: ask who the parent is, besides waiting for the end.
@@ -42,9 +43,9 @@ def main(fd: int, parent: int, memory_bytes: int, timeout_s: float) -> None:
         except EOFError:
             return
         for prediction, gold in pairs:
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + timeout_s) + _SPARE_CPU_S)
+            signal.setitimer(signal.ITIMER_PROF, timeout_s)
             verdict = verdict_of(prediction, gold)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             # sympy and math-verify swallow a MemoryError, so look whether the limit was all but reached.
             if _address_space("VmPeak") > limit - memory_bytes // 8:
                 connection.send("killed")

@@ -98,9 +98,13 @@ class Preemption(Callback):
                 log.warning("%s received: stopping after optimiser step %d", name, trainer.global_step)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        """The signal handler; a second Ctrl-C is a Ctrl-C."""
+        """The signal handler; a second Ctrl-C is what Ctrl-C was before."""
         if signum == signal.SIGINT:
             if self.signum is not None:
+                before = self._old_handlers.get(signal.SIGINT)
+                if callable(before):
+                    # It may have to know: see difftune.interruption.
+                    before(signum, frame)
                 raise KeyboardInterrupt
             log.warning("stopping after what is being worked on; Ctrl-C again to stop at once")
         self.signum = signum

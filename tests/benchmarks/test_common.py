@@ -1,4 +1,4 @@
-import time
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from benchmarks.common import (
     spread,
     table,
 )
+from tests.clock import Clock
 
 
 def test_machine_names_threads_and_versions() -> None:
@@ -31,21 +32,24 @@ def test_wrong_results_stop_the_benchmark(wrong: float) -> None:
         require_close("attention", torch.tensor([1.0, wrong, 1.0]), expected, 1e-5)
 
 
-def test_calls_are_timed_in_turn_after_one_untimed_call() -> None:
+def test_calls_are_timed_in_turn_after_one_untimed_call(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    clock = Clock(monkeypatch, "benchmarks.common")
 
     def slow() -> None:
         order.append("slow")
-        time.sleep(0.01)
+        clock.pass_(0.5)
 
     seconds = interleaved({"slow": slow, "fast": lambda: order.append("fast")}, rounds=2)
     assert order == ["slow", "fast"] * 3
-    assert [len(values) for values in seconds.values()] == [2, 2]
-    assert min(seconds["slow"]) >= 0.01 > min(seconds["fast"])
+    assert seconds == {"slow": [0.5, 0.5], "fast": [0, 0]}
 
 
 def test_ratios_are_within_a_round_and_spread_is_median_and_range() -> None:
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    # Too short for the clock, or a clock that was set back.
+    assert all(map(math.isnan, ratios([2.0, 9.0], [0.0, -0.1])))
+    assert spread(ratios([2.0], [0.0])) == "nan (nan-nan)"
     assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00-3.00)"
 
 

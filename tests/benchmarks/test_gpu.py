@@ -40,7 +40,7 @@ def test_without_time_all_is_skipped_and_said(tmp_path, capsys):
 
 
 def test_a_part_that_hangs_is_stopped():
-    code, text = gpu.run_part(["-c", "print('begun', flush=True); import time; time.sleep(60)"], 2.0, toy=True)
+    code, text = gpu.run_part(["-c", "print('begun', flush=True); import time; time.sleep(3600)"], 5.0, toy=True)
     assert (code, text.strip()) == (gpu.OUT_OF_TIME, "begun")
 
 

@@ -1,6 +1,7 @@
 import logging
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,15 @@ def test_a_termination_while_the_folder_is_replaced_keeps_one_of_the_two(
     assert (target / "config.json").read_text() == ("new" if at == "after" else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_termination_that_was_lost_on_its_way_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(SystemExit), new_folder(tmp_path, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert (tmp_path / "config.json").read_text() == "old"
 
 
 def test_a_handler_that_is_there_stays(tmp_path: Path) -> None:

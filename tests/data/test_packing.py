@@ -70,7 +70,8 @@ def test_document_longer_than_a_row_is_an_error():
 
 def test_a_hundred_thousand_documents_take_seconds():
     lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 100_000).astype(np.int64), 1, 2048)
-    start = time.perf_counter()
+    # Of this thread alone, and not of what else the machine does.
+    start = time.thread_time()
     rows = pack(lengths, 2048)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
     assert lengths.sum() / (len(rows) * 2048) > 0.99

@@ -121,7 +121,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(source, tmp_path, monke
     children = [context.Process(target=load_in_child, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
-    assert len({results.get(timeout=60) for _ in children}) == 1
+    assert len({results.get(timeout=300) for _ in children}) == 1
     for child in children:
         child.join()
     assert log.read_text() == "built\n"

@@ -94,9 +94,10 @@ def test_the_tail_begins_at_a_line_and_is_short() -> None:
 )
 def test_a_looping_model_costs_little(unit: str) -> None:
     text = (unit * 60_000)[:60_000]
-    begun = time.monotonic()
+    # Of this thread alone, and not of what else the machine does.
+    begun = time.thread_time()
     find_answer(text)
-    assert time.monotonic() - begun < 2
+    assert time.thread_time() - begun < 2
 
 
 @pytest.mark.parametrize(

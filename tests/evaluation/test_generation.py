@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.generation import Generation, generate_texts
+from tests.clock import Clock
 from tests.evaluation.scripted import tiny_model
 
 PROMPTS = ["1", "12+7-15", "3+4", "9", "20-1+13-5", "7-7", "<|user|>8+8<|assistant|>"]
@@ -221,12 +222,15 @@ def test_a_deadline_that_has_passed_leaves_all_undone(tokenizer: PreTrainedToken
     assert found == [Generation("", 0, finished=False, interrupted=True)] * len(PROMPTS)
 
 
-def test_a_deadline_ends_a_batch_in_the_middle(tokenizer: PreTrainedTokenizerBase) -> None:
-    begun = time.monotonic()
+def test_a_deadline_ends_a_batch_in_the_middle(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, "difftune.evaluation.generation", a_look=0.25)
     model = tiny_model(max_position_embeddings=100_000)
-    found = generate_texts(model, tokenizer, ["1", "2+2"], max_new_tokens=20_000, deadline=begun + 0.5)
-    assert time.monotonic() - begun < 5
-    assert all(g.finished or (g.interrupted and 0 < g.num_tokens < 20_000) for g in found)
+    found = generate_texts(model, tokenizer, ["1", "2+2"], max_new_tokens=20_000, deadline=clock.now + 10)
+    assert clock.now - 1000 < 11, "it looks no more, or seldom"
+    # A look before each batch and one a token: four of them a second.
+    assert all(g.finished or (g.interrupted and 30 < g.num_tokens <= 40) for g in found)
     assert any(g.interrupted for g in found)
 
 

@@ -1,4 +1,3 @@
-import glob
 import json
 import os
 import random
@@ -12,36 +11,28 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from difftune.evaluation.answers import Answer, math_form, normalise
 from difftune.evaluation.grading import Grader, _compare_numbers, _gold_form, grade
 from difftune.evaluation.grading_worker import verdict_of
 from tests.conftest import ROOT, shared_data
+from tests.processes import children, is_gone
 
 HANG = r"\boxed{9^{9^{9^9}}}"
 GLUTTON = r"\boxed{(x+1)^{100000}}"
 MATHS = ["asdiv", "carp", "college_math", "gsm8k", "math", "mawps", "svamp", "tabmwp"]
 
 
+# For a comparison that ends, on a slow machine too.
+PATIENT_S = 30.0
+
+
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader() as grader:
+    with Grader(timeout_s=PATIENT_S) as grader:
         yield grader
-
-
-def children() -> dict[int, str]:
-    """Processes that this one has started and not waited for: state by id."""
-    found = {}
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        try:
-            pid, _, rest = Path(path).read_text().partition(" (")
-        except OSError:
-            continue
-        state, parent = rest.rpartition(") ")[2].split()[:2]
-        if int(parent) == os.getpid():
-            found[int(pid)] = state
-    return found
 
 
 def worker_pid(grader: Grader) -> int:
@@ -49,14 +40,19 @@ def worker_pid(grader: Grader) -> int:
     return grader._worker._process.pid
 
 
-def gone_within(pid: int, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().rpartition(") ")[2].startswith("Z"):
-            return True
-        time.sleep(0.05)
-    return False
+def when_at_work(own: Grader, number: int, target: int) -> threading.Thread:
+    """Send a signal once the worker, idle until now, has computed for a while."""
+    process = psutil.Process(worker_pid(own))
+    idle = process.cpu_times().user
+
+    def watch() -> None:
+        while process.cpu_times().user < idle + 0.2:
+            time.sleep(0.01)
+        os.kill(target, number)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
 @pytest.mark.parametrize(
@@ -133,9 +129,10 @@ def test_limits_must_be_positive(limits: dict[str, float]) -> None:
 def test_numbers_are_graded_fast_and_without_a_process() -> None:
     pairs = [(f"so {n}+1={n + 1}\n#### {n + 1 + (n % 2)}", str(n + 1)) for n in range(200)]
     with Grader() as own:
-        begun = time.monotonic()
+        # Of this thread alone, and not of what else the machine does.
+        begun = time.thread_time()
         grades = own.grade_all(pairs)
-        assert time.monotonic() - begun < 0.2
+        assert time.thread_time() - begun < 0.2
         assert own._worker is None
         assert [g.correct for g in grades] == [n % 2 == 0 for n in range(200)]
         assert own.counts == {"correct": 100, "wrong": 100, "unparsed": 0, "timeout": 0, "killed": 0}
@@ -150,10 +147,8 @@ def test_a_hanging_comparison_is_killed_and_the_rest_is_graded() -> None:
     with Grader(timeout_s=2.0) as own:
         own.grade(r"\boxed{x}", "y")
         first = worker_pid(own)
-        begun = time.monotonic()
         grades = own.grade_all([(r"\boxed{2x}", "x+x"), (HANG, "5"), (r"\boxed{3x}", "x"), (r"\boxed{x/2}", "0.5x")])
         assert [g.verdict for g in grades] == ["correct", "timeout", "wrong", "correct"]
-        assert time.monotonic() - begun < 20
         assert own.counts == {"correct": 2, "wrong": 2, "unparsed": 0, "timeout": 1, "killed": 0}
         assert not Path(f"/proc/{first}").exists(), "killed and waited for"
         # The last pair of a request, too.
@@ -161,41 +156,50 @@ def test_a_hanging_comparison_is_killed_and_the_rest_is_graded() -> None:
         assert own.grade(r"\boxed{2x}", "x+x").correct
 
 
+def test_what_else_the_machine_does_decides_no_verdict() -> None:
+    with Grader(timeout_s=1.0) as own:
+        own.grade(r"\boxed{x}", "y")
+        worker = worker_pid(own)
+        os.kill(worker, signal.SIGSTOP)
+        timer = threading.Timer(1.5, os.kill, (worker, signal.SIGCONT))
+        timer.start()
+        assert own.grade(r"\boxed{2x}", "x+x").verdict == "correct"
+        timer.join()
+        assert worker_pid(own) == worker
+
+
 def test_a_comparison_that_eats_memory_is_killed() -> None:
-    with Grader(timeout_s=60.0, memory_gib=0.125) as own:
+    with Grader(timeout_s=PATIENT_S, memory_gib=0.125) as own:
         grades = own.grade_all([(GLUTTON, "5"), (r"\boxed{2x}", "x+x")])
         assert [g.verdict for g in grades] == ["killed", "correct"]
         assert own.counts["killed"] == 1
 
 
 def test_a_process_that_dies_while_it_works_costs_one_pair() -> None:
-    with Grader(timeout_s=60.0) as own:
+    with Grader(timeout_s=PATIENT_S) as own:
         own.grade(r"\boxed{x}", "y")
-        timer = threading.Timer(0.5, os.kill, (worker_pid(own), signal.SIGSEGV))
-        timer.start()
+        sender = when_at_work(own, signal.SIGSEGV, worker_pid(own))
         grades = own.grade_all([(HANG, "5"), (r"\boxed{2x}", "x+x")])
-        timer.join()
+        sender.join()
         assert [g.verdict for g in grades] == ["killed", "correct"]
 
 
 def test_a_process_that_died_idle_costs_nothing() -> None:
-    with Grader() as own:
+    with Grader(timeout_s=PATIENT_S) as own:
         own.grade(r"\boxed{x}", "y")
         os.kill(worker_pid(own), signal.SIGKILL)
-        assert gone_within(worker_pid(own), 5)
+        assert is_gone(worker_pid(own))
         assert own.grade(r"\boxed{2x}", "x+x").correct
         assert own.counts["killed"] == 0
 
 
 def test_replies_after_an_interruption_are_not_taken_for_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Grader(timeout_s=60.0) as own:
+    with Grader(timeout_s=PATIENT_S) as own:
         own.grade(r"\boxed{x}", "y")
-        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+        sender = when_at_work(own, signal.SIGINT, os.getpid())
         with pytest.raises(KeyboardInterrupt):
             own.grade_all([(HANG, "5")])
-            time.sleep(5)
-        timer.join()
+        sender.join()
         assert own.grade(r"\boxed{x/2}", "x").verdict == "wrong"
         assert own.grade(r"\boxed{2x}", "x+x").verdict == "correct"
 
@@ -203,15 +207,16 @@ def test_replies_after_an_interruption_are_not_taken_for_later_ones(monkeypatch:
 @pytest.mark.parametrize("how", ["with", "collected", "hanging"])
 def test_no_process_is_left_behind(how: str) -> None:
     before = set(children())
-    own = Grader(timeout_s=0.5)
+    own = Grader(timeout_s=0.5 if how == "hanging" else PATIENT_S)
     own.grade(HANG if how == "hanging" else r"\boxed{x}", "5")
     if how == "with":
         with own:
-            assert set(children()) > before
+            assert set(children()) - before
     elif how == "collected":
-        assert set(children()) > before
+        assert set(children()) - before
         del own
-    assert set(children()) == before
+    # Starting a process collects others that were left to it before.
+    assert not set(children()) - before
 
 
 def run_script(tmp_path: Path, body: str, **options: object) -> subprocess.Popen[str]:
@@ -234,7 +239,7 @@ def test_a_script_without_a_main_guard_can_grade_and_ends(tmp_path: Path) -> Non
         assert "math_verify" not in sys.modules
         """,
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (out, err, process.returncode) == ("True True\n", "", 0)
 
 
@@ -247,19 +252,19 @@ def test_the_worker_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         grader = Grader()
         grader.grade(r"\boxed{2x}", "x+x")
         print(grader._worker._process.pid, flush=True)
-        time.sleep(60)
+        time.sleep(3600)
         """,
     )
     assert process.stdout is not None
     pid = int(process.stdout.readline())
     process.kill()
     process.communicate()
-    assert gone_within(pid, 10)
+    assert is_gone(pid)
 
 
 def test_grading_works_in_threads() -> None:
     verdicts: dict[int, list[bool]] = {}
-    with Grader() as own:
+    with Grader(timeout_s=PATIENT_S) as own:
 
         def work(number: int) -> None:
             verdicts[number] = [own.grade(rf"\boxed{{{number}x}}", f"{n}x").correct for n in range(4)]
@@ -290,7 +295,7 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tm
     before = set(children())
     with pytest.raises(RuntimeError, match=r"did not start.*math-verify installed.*(?s:.)*no such luck"):
         Grader().grade(r"\boxed{2x}", "x+x")
-    assert set(children()) == before
+    assert not set(children()) - before
 
 
 def spellings(rng: random.Random, value: float) -> str:
@@ -354,7 +359,6 @@ def test_the_share_of_college_math_that_math_verify_misses_is_reported(grader: G
     ours = sum(g.correct for g in grader.grade_all([(rf"\boxed{{{gold}}}", gold) for gold in golds]))
     alone = grader._ask([(math_form(Answer(gold, "boxed")), _gold_form(gold)) for gold in golds]).count("correct")
     print(f"\ncollege_math against its own gold: {ours} of 100 graded right, {alone} where math-verify is asked")
-    # On a busy machine some long ones take more than the time that a pair has.
     assert ours >= 99 and alone >= 90
 
 

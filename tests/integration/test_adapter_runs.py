@@ -116,7 +116,7 @@ def test_lambda_of_the_adapter_is_what_is_monitored(finished):
     logged = {line["name"]: line["value"] for line in lines if line["stage"] == "traces" and line["step"] == 3}
     # As of the forward of the last step, whose checkpoint comes after the update: near, and not the base's.
     for i in range(2):
-        trained = float(load_model(last(finished)).model.layers[i].self_attn.lambda_full())
+        trained = load_model(last(finished)).model.layers[i].self_attn.lambda_full().item()
         assert logged[f"lambda/layer_{i:02d}"] == pytest.approx(trained, abs=0.05)
     assert {f"lambda/layer_{i:02d}" for i in range(3)} & logged.keys() == {"lambda/layer_00", "lambda/layer_01"}
 

@@ -182,7 +182,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_result(tmp_path: P
                 waiting.pop(name).send_signal(getattr(signal, name))
             assert all(process.poll() is None for process in waiting.values())
             time.sleep(0.002)
-        assert {name: process.wait(timeout=60) for name, process in processes.items()} == expected
+        assert {name: process.wait(timeout=300) for name, process in processes.items()} == expected
     finally:
         for process in processes.values():
             process.kill()

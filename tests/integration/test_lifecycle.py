@@ -61,11 +61,11 @@ def test_a_signalled_run_goes_on_as_if_nothing_had_happened(tmp_path, number):
 
     killed = tmp_path / "killed"
     process = difftune(*recipe, f"run_dir={killed}", wait=False)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while len(metric(killed, "train/loss", "traces")) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + number, shown
     stopped_at = max(metric(killed, "train/loss", "traces"))
     assert 5 <= stopped_at < 40 and "the same command goes on from here" in shown

@@ -1,5 +1,4 @@
 import io
-import time
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from difftune.training.callbacks import (
     peak_memory_gib,
 )
 from difftune.training.flops import ModelFlops
+from tests.clock import Clock
 from tests.training.toy import ToyData, build_module, build_trainer
 
 
@@ -34,19 +34,23 @@ def record(module):
 class Slow(Callback):
     """An evaluation that takes its time."""
 
+    def __init__(self, clock):
+        self.clock = clock
+
     def on_train_batch_end(self, trainer, pl_module, *args):
-        time.sleep(0.1)
+        self.clock.pass_(0.1)
 
 
-def test_throughput_counts_the_training_and_not_the_evaluation():
+def test_throughput_counts_the_training_and_not_the_evaluation(monkeypatch):
+    clock = Clock(monkeypatch, "difftune.training.callbacks", "difftune.training.finetune", "tests.training.toy")
     module = build_module()
     seen = record(module)
-    trainer = build_trainer([Throughput(), Slow()], max_steps=10, accumulate_grad_batches=2)
+    trainer = build_trainer([Throughput(), Slow(clock)], max_steps=10, accumulate_grad_batches=2)
     trainer.fit(module, ToyData(rows=4, delay=0.02))
     assert {step for step, name in seen if name == "perf/tokens_per_s"} == {1, 5, 10}
     step_time = seen[10, "perf/step_time_s"]
     # Two batches of 20 ms; the 200 ms of the evaluation are not in it, the waiting for data is.
-    assert 0.04 <= step_time < 0.2
+    assert step_time == pytest.approx(0.04)
     assert seen[10, "perf/tokens_per_s"] == pytest.approx(2 * 4 * 12 / step_time)
     labels = seen[10, "perf/label_tokens_per_s"] * step_time * 5
     assert labels == pytest.approx(sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches(10, 20)))
@@ -105,7 +109,7 @@ def test_lambda_of_every_layer_is_what_the_forward_used(every, steps):
     class Before(Callback):
         def on_train_batch_start(self, trainer, pl_module, *args):
             for i, layer in enumerate(pl_module.model.layers):
-                expected[trainer.global_step + 1, f"lambda/layer_{i:02d}"] = float(layer.lambda_full())
+                expected[trainer.global_step + 1, f"lambda/layer_{i:02d}"] = layer.lambda_full().item()
 
     seen = record(module)
     trainer = build_trainer(

@@ -7,15 +7,15 @@ from difftune.training.checkpoint_background import BackgroundCheckpointIO, copy
 
 
 class Disk:
-    """Keeps what is saved once the gate is open."""
+    """Keeps what is saved; to save one takes one permission."""
 
     def __init__(self):
-        self.gate, self.saved, self.at_once, self.most, self.error = threading.Event(), {}, 0, 0, None
+        self.permissions, self.saved, self.at_once, self.most, self.error = threading.Semaphore(0), {}, 0, 0, None
 
     def save_checkpoint(self, checkpoint, path):
         self.at_once += 1
         self.most = max(self.most, self.at_once)
-        assert self.gate.wait(20)
+        assert self.permissions.acquire(timeout=300)
         self.at_once -= 1
         if self.error is not None:
             raise self.error
@@ -31,7 +31,7 @@ def disk():
 def io(disk):
     io = BackgroundCheckpointIO(disk)
     yield io
-    disk.gate.set()
+    disk.permissions.release(9)
     io.teardown()
 
 
@@ -44,29 +44,29 @@ def test_what_changes_after_the_call_is_not_saved(io, disk):
     weight += 1
     counts.append(2)
     assert not disk.saved
-    disk.gate.set()
+    disk.permissions.release()
     io.finish()
     assert torch.equal(disk.saved["first"]["weight"], torch.zeros(3)) and disk.saved["first"]["counts"] == [1]
 
 
 def test_the_next_one_waits_and_one_at_most_is_written(io, disk):
     io.save_checkpoint({}, "first", BACKGROUND)
-    timer = threading.Timer(0.2, disk.gate.set)
-    timer.start()
+    threading.Timer(0.2, disk.permissions.release).start()
     io.save_checkpoint({}, "second", BACKGROUND)
     assert list(disk.saved) == ["first"]
+    disk.permissions.release()
     io.finish()
     assert list(disk.saved) == ["first", "second"] and disk.most == 1
 
 
 def test_without_the_option_it_is_written_at_once(io, disk):
-    disk.gate.set()
+    disk.permissions.release()
     io.save_checkpoint({}, "first")
     assert list(disk.saved) == ["first"]
 
 
 def test_an_error_is_raised_once_and_by_what_comes_next(io, disk):
-    disk.gate.set()
+    disk.permissions.release(2)
     disk.error = OSError(28, "No space left on device")
     io.save_checkpoint({}, "first", BACKGROUND)
     with pytest.raises(OSError, match="No space left"):
@@ -76,7 +76,7 @@ def test_an_error_is_raised_once_and_by_what_comes_next(io, disk):
 
 
 def test_at_the_end_an_error_is_logged(io, disk, caplog):
-    disk.gate.set()
+    disk.permissions.release(2)
     disk.error = OSError(28, "No space left on device")
     io.save_checkpoint({}, "first", BACKGROUND)
     io.teardown()

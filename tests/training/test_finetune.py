@@ -116,7 +116,7 @@ def test_clipping_equals_torch_and_the_norm_before_it_is_logged(clip):
     expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
     assert relative(seen["gradients"], expected) < 1e-6
     assert module.logged["train/grad_norm"] == pytest.approx(float(norm), rel=1e-6)
-    assert module.logged["train/loss"] == pytest.approx(float(output.loss_sum / output.num_label_tokens))
+    assert module.logged["train/loss"] == pytest.approx((output.loss_sum / output.num_label_tokens).item())
     assert module.logged["train/label_tokens"] == int(output.num_label_tokens)
 
 
@@ -270,7 +270,7 @@ def test_the_real_model_trains_on_packed_and_padded_batches():
         trainer.fit(module, torch.utils.data.DataLoader([batch] * 40, batch_size=None))
         loss = module.model(**batch).loss
         assert loss < 3.0, loss
-        assert module.logged["train/loss"] == pytest.approx(float(loss), rel=0.3)
+        assert module.logged["train/loss"] == pytest.approx(loss.item(), rel=0.3)
 
 
 def test_the_schedule_runs_over_what_the_trainer_will_do():

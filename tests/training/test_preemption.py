@@ -32,7 +32,7 @@ def signalled(folder, number, *arguments, pick=lambda ranks: ranks[0]):
             if step >= 3 and len(ranks) == (2 if "--devices" in arguments else 1):
                 os.kill(pick(ranks), number)
                 break
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode, errors
