@@ -128,11 +128,17 @@ def _check(found: Invocation) -> None:
     if found.command not in COMMANDS:
         hint = _nearest(found.command, COMMANDS, "") or f"; one of {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command '{found.command}'{hint}")
-    own = {option.name for option in (*COMMANDS[found.command].options, *COMMON)} | {"version"}
+    command = COMMANDS[found.command]
+    own = {option.name for option in (*command.options, *COMMON)} | {"version"}
     for name in [*found.flags, *found.values]:
         if name not in own:
-            owners = [key for key, command in COMMANDS.items() if name in {o.name for o in command.options}]
+            owners = [key for key, other in COMMANDS.items() if name in {o.name for o in other.options}]
             raise UsageError(f"--{name} is not an option of {found.command}, but of {', '.join(owners)}")
+    if not command.reads_recipe and (found.overrides or "config" in found.values or "print-config" in found.flags):
+        takes = f"{command.operand}{' ...' if command.many else ''} and " if command.operand else ""
+        raise UsageError(
+            f"{found.command} reads no recipe: it takes {takes}its own options; see difftune {found.command} --help"
+        )
 
 
 def _dispatch(found: Invocation) -> int:
@@ -160,6 +166,12 @@ def _run(found: Invocation) -> int:
     assert command is not None
     if command == "convert":
         return _convert(found)
+    if command == "verify":
+        from difftune import run_verify
+
+        return run_verify.verify(
+            _single(found, "model"), dtype=_single(found, "dtype"), device=_single(found, "device")
+        )
     if COMMANDS[command].many:
         return _look_at_runs(found)
     if command == "merge" or (command == "export" and _is_of_adapter(found)):
@@ -256,9 +268,7 @@ def _write_adapter(found: Invocation) -> int:
 
 
 def _convert(found: Invocation) -> int:
-    """The one command that reads no recipe."""
-    if found.overrides or "config" in found.values or "print-config" in found.flags:
-        raise UsageError("convert reads no recipe: it takes SOURCE and its own options; see difftune convert --help")
+    """From one kind or layout to another, which reads no recipe."""
     for name, given in (("SOURCE", found.operand), ("--to", _single(found, "to")), ("--out", _single(found, "out"))):
         if given is None:
             raise UsageError(f"convert needs {name}; see difftune convert --help")
@@ -295,8 +305,6 @@ def _look_at_runs(found: Invocation) -> int:
     """Compare and report: they read run folders, and need neither a recipe nor torch."""
     if found.operand is None:
         raise UsageError(f"{found.command} needs RUN, the folder of a run; see difftune {found.command} --help")
-    if found.overrides or "config" in found.values or "print-config" in found.flags:
-        raise UsageError(f"{found.command} reads no recipe: it takes RUN ... and its own options")
     runs = [found.operand, *found.more_operands]
     if found.command == "report":
         from difftune.report.page import write_report

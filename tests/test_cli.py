@@ -349,7 +349,10 @@ def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
             "--lambda-warmup-steps must be a whole number of optimiser steps, got '1.5'",
         ),
         (["fit", "--to", "diff_v2"], "--to is not an option of fit, but of convert"),
-        (["merge", "a", "--out", "o", "seed=1"], "merge reads no recipe for an adapter: see difftune merge --help"),
+        (
+            ["merge", "a", "--out", "o", "seed=1"],
+            "merge reads no recipe: it takes ADAPTER and its own options; see difftune merge --help",
+        ),
         (["merge", "a"], "merge needs --out; see difftune merge --help"),
         (["export", "a", "--model", "b", "--out", "o"], "export has two sources: a and --model b"),
         (

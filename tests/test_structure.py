@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
     "training": {"losses", "modeling", "ops", "shard_files"},
     "evaluation": {"modeling", "ops"},
     "report": set(),
+    "verification": {"checkpoints", "modeling", "ops"},
     **{name: CONFIG for name in CONFIG},
     # A kind of task: its keys, and how it is built; the room below is imported when it is.
     "tasks": {"config_field", "data", "evaluation"},
@@ -84,6 +85,8 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "ops",
         "training",
     },
+    "run_verify": {"checkpoints", "modeling", "terminal", "training", "verification"},
+    "__main__": {"cli"},
     "run_plan": {*CONFIG, "plan", "terminal"},
     "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder", "training"},
     "run": {
@@ -115,6 +118,7 @@ ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difft
         "run_adapters",
         "run_convert",
         "run_plan",
+        "run_verify",
         "diagnose",
         "interruption",
         "rank_errors",

@@ -34,8 +34,9 @@ def verify_backends(config: DiffTransformerConfig, device: torch.device, dtype: 
         for backend in BACKENDS:
             if backend in ("auto", "reference"):
                 continue
-            name = f"attention {backend} = the equation"
-            on = f"{config.attention}, D={config.head_dim}, {str(dtype).removeprefix('torch.')}: output and gradients"
+            name = f"{backend} = the equation"
+            heads = f"{config.attention}, D={config.head_dim}, {str(dtype).removeprefix('torch.')}"
+            on = f"attention with {heads}: output and gradients"
             try:
                 yield judged(name, on, _deviations(config, backend, device, dtype))
             except (ImportError, ValueError) as error:

@@ -29,7 +29,7 @@ def verify_files(config: DiffTransformerConfig, folder: Path) -> Iterator[Claim]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = DiffTransformerForCausalLM(small_like(config)).eval()
-        on = f"{config.attention}, D={config.head_dim}, two layers: logits, float32"
+        on = f"files of a model of two layers, {config.attention}, D={config.head_dim}: logits in float32"
         for name in ("difftune", "diffllama"):
             what = f"export as {name}, loaded by transformers = ours"
             if name == "diffllama" and config.attention != "diff_v1":

@@ -23,12 +23,12 @@ _DECODED = 8
 def verify_model(model: DiffTransformerForCausalLM) -> Iterator[Claim]:
     """Run a model on random tokens in ways that must not differ.
 
-    The truth is each text alone under the equation, in a wider dtype (float64 for a model in float32, float32 for one in
-    16 bits); its error in the model's own dtype is what any way may cost twice.
+    The truth is each text alone under the equation, in a wider dtype (float64 for a model in float32, float32 for
+    one in 16 bits); its error in the model's own dtype is what any way may cost twice.
 
     Args:
         model: In evaluation mode, on its device, not quantised. It is not changed; a copy in the wider dtype is held
-            beside it.
+            on the CPU.
 
     Yields:
         Three claims about logits.
@@ -45,14 +45,17 @@ def verify_model(model: DiffTransformerForCausalLM) -> Iterator[Claim]:
     texts = [text.to(model.device) for text in texts]
     with _equation(model):
         plain = [_alone(model, text) for text in texts]
-        precise = cast_weights(copy.deepcopy(model), wider(model.dtype))
-        truth = [_alone(precise, text) for text in texts]
+        # On the CPU: not every device computes in float64, or in the whole of float32.
+        precise = copy.deepcopy(model)
+        cast_weights(precise.cpu(), wider(model.dtype))
+        truth = [_alone(precise, text.cpu()) for text in texts]
         del precise
     name = str(model.dtype).removeprefix("torch.")
-    on = f"logits of {len(texts)} texts, {name}, backend {model.config.attention_backend}"
+    on = f"the model: logits of {len(texts)} texts in {name}, attention backend {model.config.attention_backend}"
     ways = {"packed = alone": _packed, "batch with padding = alone": _padded, "cache, token by token = whole": _cached}
     for what, way in ways.items():
-        yield judged(what, on, [deviation("a logit", *map(torch.cat, (way(model, texts), plain, truth)))])
+        actual = torch.cat(way(model, texts)).cpu()
+        yield judged(what, on, [deviation("a logit", actual, torch.cat(plain).cpu(), torch.cat(truth))])
 
 
 @contextmanager

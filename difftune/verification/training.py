@@ -37,7 +37,8 @@ def verify_training(config: DiffTransformerConfig, folder: Path, *, accelerator:
     Yields:
         A claim for each way: micro-batches, going on from a checkpoint, DDP and FSDP on two devices.
     """
-    on = f"{config.attention}, D={config.head_dim}, two layers: losses of {STEPS} steps"
+    heads = f"{config.attention}, D={config.head_dim}"
+    on = f"training of a model of two layers, {heads}: losses of {STEPS} steps in float32"
     alone = [f"data.micro_batch_size={_ROWS}", "trainer.devices=1"]
     recipe = [*_recipe(config), f"trainer.accelerator={accelerator}"]
     failure = _fit([*recipe, *alone], folder / "whole")
@@ -64,8 +65,8 @@ def verify_training(config: DiffTransformerConfig, folder: Path, *, accelerator:
 def _recipe(config: DiffTransformerConfig) -> list[str]:
     """What all the trainings have in common."""
     small = small_like(config)
-    names = ("attention", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "subln", "qk_norm")
+    names = ["attention", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "head_dim", "max_position_embeddings", "subln", "qk_norm"]
     sums = {"path": "synthetic:arithmetic", "options": {"terms": [2, 3], "operands": [1, 20], "count": 200}}
     return [
         *(f"model.{name}={json.dumps(getattr(small, name))}" for name in names),

@@ -20,9 +20,9 @@ def config_of(attention, **changes):
 @pytest.mark.parametrize("attention", ["diff_v1", "diff_v2", "softmax"])
 def test_a_cpu_tries_sdpa_and_says_why_not_the_others(attention, dtype):
     claims = {claim.what: claim for claim in verify_backends(config_of(attention), CPU, dtype)}
-    assert claims["attention sdpa = the equation"].state == "holds"
-    assert claims["attention sdpa = the equation"].on.startswith(f"{attention}, D=8, ")
-    flash, triton = (claims[f"attention {name} = the equation"] for name in ("flash", "triton"))
+    assert claims["sdpa = the equation"].state == "holds"
+    assert claims["sdpa = the equation"].on.startswith(f"attention with {attention}, D=8, ")
+    flash, triton = (claims[f"{name} = the equation"] for name in ("flash", "triton"))
     assert flash.state == "not tried" and "CUDA" in flash.found
     # With Triton's interpreter it is the head dim that the kernels do not cover.
     reasons = ("softmax attention",) if attention == "softmax" else ("device cpu", "D=8")
