@@ -22,7 +22,7 @@ tokenizer: digits
 data: {train: [{path: synthetic:arithmetic}]}
 trainer: {max_steps: 10}
 """
-EVERY = "fit, plan, doctor, prepare, evaluate, generate, export, merge, convert, compare, report"
+EVERY = "fit, plan, doctor, verify, prepare, evaluate, generate, export, merge, convert, compare, report"
 
 
 @pytest.fixture
