@@ -146,7 +146,7 @@ def _dispatch(found: Invocation) -> int:
         print(command_help(found.command))
         return 0
     if "list-keys" in found.flags:
-        from difftune.config_text import key_list
+        from difftune.config.text import key_list
 
         print(key_list())
         return 0
@@ -176,23 +176,23 @@ def _run(found: Invocation) -> int:
         )
 
     if command == "doctor" and "print-config" not in found.flags:
-        from difftune.diagnose import diagnose
+        from difftune.commands.doctor import diagnose
 
         return diagnose(config_file, found.overrides)
 
     config = load_config(config_file, _option_overrides(found) + _task_overrides(found), command=command)
     if "print-config" in found.flags:
-        from difftune.config_text import to_yaml
+        from difftune.config.text import to_yaml
 
         print(to_yaml(config), end="")
         return 0
 
     if command == "plan":
-        from difftune import run_plan
+        from difftune.commands.plan import plan
 
-        return run_plan.plan(config, found.values, as_json="json" in found.flags)
+        return plan(config, found.values, as_json="json" in found.flags)
 
-    from difftune import run
+    from difftune.commands import run
 
     out = _single(found, "out")
     if command == "fit":
@@ -246,11 +246,11 @@ def _write_adapter(found: Invocation) -> int:
             raise UsageError(f"{found.command} needs {name}; see difftune {found.command} --help")
     assert source is not None and out is not None
 
-    from difftune import run_adapters
+    from difftune.commands import adapters
 
     names = ("base", "dtype", "format") + (("onto",) if found.command == "merge" else ("base-diffllama",))
     options = {name.replace("-", "_"): found.values[name][0] for name in names if name in found.values}
-    write = run_adapters.merge if found.command == "merge" else run_adapters.export_adapter
+    write = adapters.merge if found.command == "merge" else adapters.export_adapter
     write(source, out=Path(out), overwrite="overwrite" in found.flags, **options)
     return 0
 
@@ -273,10 +273,10 @@ def _convert(found: Invocation) -> int:
     if steps is not None and not steps.isdecimal():
         raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps!r}")
 
-    from difftune import run_convert
+    from difftune.commands.convert import convert
 
     assert found.operand is not None
-    run_convert.convert(
+    convert(
         found.operand,
         to=found.values["to"][0],
         out=Path(found.values["out"][0]),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import difftune
-from difftune import cli
+from difftune import cli, commands
 from difftune.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for difftune.run: keeps what it is called with, so that no torch is needed."""
+    """Stands in for difftune.commands.run: keeps what it is called with, so that no torch is needed."""
     seen: dict[str, Any] = {}
 
     def recorder(name: str) -> Callable[..., None]:
@@ -43,11 +43,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         return record
 
-    fake = types.ModuleType("difftune.run")
+    fake = types.ModuleType("difftune.commands.run")
     for name in ("fit", "evaluate", "generate", "export"):
         setattr(fake, name, recorder(name))
-    monkeypatch.setitem(sys.modules, "difftune.run", fake)
-    monkeypatch.setattr(difftune, "run", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "difftune.commands.run", fake)
+    monkeypatch.setattr(commands, "run", fake, raising=False)
     return seen
 
 
@@ -85,7 +85,7 @@ def test_dry_run_is_passed_on(calls: dict[str, Any], recipe: str) -> None:
 def test_the_exit_code_of_a_stopped_run_is_passed_on(
     calls: dict[str, Any], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", lambda config, dry_run: 143)
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", lambda config, dry_run: 143)
     assert cli.main(["fit", "--config", recipe]) == 143
 
 
@@ -239,7 +239,7 @@ def test_failures_of_a_run_have_their_exit_codes(
     code: int,
     traceback: bool,
 ) -> None:
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", raising(error))
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", raising(error))
     assert cli.main(["fit", "--config", recipe]) == code
     assert ("Traceback" in capsys.readouterr().err) == traceback
 
@@ -250,7 +250,7 @@ def test_a_value_that_our_code_refuses_is_the_users_error(
     def fit(config: Any, dry_run: bool) -> None:
         load_config(None, ["seed=-1"])
 
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", fit)
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", fit)
     assert "seed must be at least 0, got -1" in refuse(capsys, "fit", "--config", recipe)
 
 
@@ -278,7 +278,7 @@ def test_help_of_a_command_shows_every_option_and_examples_that_parse(
 
 
 def test_options_name_keys_that_exist() -> None:
-    from difftune.config_text import documented_keys
+    from difftune.config.text import documented_keys
 
     known = {key.path for key in documented_keys()}
     keys = [option.key for command in cli.COMMANDS.values() for option in command.options if option.key]
@@ -389,6 +389,6 @@ def test_a_ctrl_c_that_became_another_error_is_a_ctrl_c(
         except KeyboardInterrupt:
             raise ValueError("model.safetensors is damaged or incomplete") from None
 
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", fit)
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", fit)
     assert cli.main(["fit", "--config", recipe]) == 130
     assert capsys.readouterr().err == "difftune: stopped by the user\n"
