@@ -319,7 +319,8 @@ def command_help(name: str) -> str:
         lines.append(f"  {left:<21} {option.help}{key}")
     options = "\n".join(lines)
     if not command.reads_recipe:
-        return f"""usage: difftune {name} {command.operand}{" ..." if command.many else ""} [options]
+        operand = f" {command.operand}{' ...' if command.many else ''}" if command.operand else ""
+        return f"""usage: difftune {name}{operand} [options]
 
 {command.about}
 
