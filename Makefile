@@ -73,7 +73,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.train
 
 docs: $(READY)
-	$(BIN)/python -m difftune.config_text > docs/reference/config.md
+	$(BIN)/python -m difftune.config.text > docs/reference/config.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -25,7 +25,7 @@ RATES = {FULL: 1e-3, "lambda_only": 3e-2}
 
 def child(way: str, start: str, steps: int, problems: int, out: str, rate: float | None) -> None:
     """Train one way and give the accuracies back."""
-    from difftune import run
+    from difftune.commands import run
     from difftune.config import load_config
     from difftune.report.summary import accuracies
 

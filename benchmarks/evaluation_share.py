@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.common import ROOT, machine, ratio, table
-from difftune.build import build_data, build_model, build_module, build_tasks, build_tokenizer, total_steps
+from difftune.builder import build_data, build_model, build_module, build_tasks, build_tokenizer, total_steps
 from difftune.config import load_config
 from difftune.terminal import set_up_logging
 

@@ -95,7 +95,7 @@ def train(config: Any, cache_dir: Path) -> None:
     """Two optimiser steps, from the building of the model on."""
     from lightning.pytorch import Trainer
 
-    from difftune.build import build_adapter, build_data, build_model, build_module, build_tokenizer
+    from difftune.builder import build_adapter, build_data, build_model, build_module, build_tokenizer
 
     tokenizer = build_tokenizer(config)
     stage = config.resolved_stages()[0]

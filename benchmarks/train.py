@@ -149,8 +149,8 @@ def run_trl(args: argparse.Namespace) -> None:
 def run_ours(args: argparse.Namespace, equal: bool, packing: bool) -> None:
     """`difftune fit` on a recipe: its data module, training module, callbacks and loggers; timed by its metrics."""
     from benchmarks.baselines import build_difftune
+    from difftune.commands.run import fit
     from difftune.config import load_config
-    from difftune.run import fit
 
     steps = args.steps + WARM_UP
     # Packed rows hold several documents each.

@@ -3,38 +3,19 @@
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
 
-import difflib
-import json
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from difftune import __version__
-from difftune.cli_commands import COMMANDS, COMMON, command_help, help_text
+from difftune.cli_arguments import Invocation, UsageError, option_overrides, parse, task_overrides
+from difftune.cli_commands import COMMANDS, command_help, help_text
 from difftune.interruption import raising
 from difftune.rank_errors import is_told_by_first
-
-
-@dataclass
-class Invocation:
-    """What a command line asks for."""
-
-    command: str | None = None
-    flags: set[str] = field(default_factory=set)
-    values: dict[str, list[str]] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    operand: str | None = None
-    more_operands: list[str] = field(default_factory=list)
-
-
-class UsageError(ValueError):
-    """The command line itself is wrong; nothing was loaded yet."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,66 +56,6 @@ def is_user_error(error: BaseException) -> bool:
     return Path(innermost.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
-def parse(arguments: Sequence[str]) -> Invocation:
-    """Sort the arguments: the command, options and overrides may stand in any order.
-
-    Raises:
-        UsageError: If one is unknown, incomplete, or not of this command.
-    """
-    found = Invocation()
-    options = {option.name: option for command in COMMANDS.values() for option in (*command.options, *COMMON)}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument in ("-h", "--help", "--version"):
-            found.flags.add("help" if argument == "-h" else name)
-        elif argument.startswith("--") and name in options:
-            if options[name].metavar is None:
-                if equals:
-                    raise UsageError(f"--{name} takes no value, got {value!r}")
-                found.flags.add(name)
-                continue
-            if not equals and not rest:
-                raise UsageError(f"--{name} needs a value: --{name} {options[name].metavar}")
-            found.values.setdefault(name, []).append(value if equals else rest.pop(0))
-            if len(found.values[name]) > 1 and not options[name].repeatable:
-                hint = "; a recipe can build on another with base:" if name == "config" else ""
-                raise UsageError(f"--{name} is given twice{hint}")
-        elif equals and (argument.startswith("--") or not argument.startswith("-")):
-            found.overrides.append(argument)
-        elif argument.startswith("-"):
-            hint = f"; to set a recipe key, write {name}=VALUE" if "." in name else _nearest(name, options, "--")
-            raise UsageError(f"unknown option {argument}{hint}")
-        elif argument.endswith((".yaml", ".yml")):
-            raise UsageError(f"a recipe goes after --config: --config {argument}")
-        elif found.command is None:
-            found.command = argument
-        elif found.operand is None and found.command in COMMANDS and COMMANDS[found.command].operand:
-            found.operand = argument
-        elif found.command in COMMANDS and COMMANDS[found.command].many:
-            found.more_operands.append(argument)
-        else:
-            raise UsageError(f"unexpected argument {argument!r}; to set a recipe key, write KEY=VALUE")
-    _check(found)
-    return found
-
-
-def _check(found: Invocation) -> None:
-    if found.command is None:
-        if found.flags or not (found.values or found.overrides):
-            return
-        raise UsageError(f"which command? one of {', '.join(COMMANDS)}")
-    if found.command not in COMMANDS:
-        hint = _nearest(found.command, COMMANDS, "") or f"; one of {', '.join(COMMANDS)}"
-        raise UsageError(f"unknown command '{found.command}'{hint}")
-    own = {option.name for option in (*COMMANDS[found.command].options, *COMMON)} | {"version"}
-    for name in [*found.flags, *found.values]:
-        if name not in own:
-            owners = [key for key, command in COMMANDS.items() if name in {o.name for o in command.options}]
-            raise UsageError(f"--{name} is not an option of {found.command}, but of {', '.join(owners)}")
-
-
 def _dispatch(found: Invocation) -> int:
     if "version" in found.flags:
         print(f"difftune {__version__}")
@@ -146,7 +67,7 @@ def _dispatch(found: Invocation) -> int:
         print(command_help(found.command))
         return 0
     if "list-keys" in found.flags:
-        from difftune.config_text import key_list
+        from difftune.config.text import key_list
 
         print(key_list())
         return 0
@@ -160,11 +81,15 @@ def _run(found: Invocation) -> int:
     assert command is not None
     if command == "convert":
         return _convert(found)
+    if command == "verify":
+        from difftune.commands.verify import verify
+
+        return verify(found.single("model"), dtype=found.single("dtype"), device=found.single("device"))
     if COMMANDS[command].many:
         return _look_at_runs(found)
     if command == "merge" or (command == "export" and _is_of_adapter(found)):
         return _write_adapter(found)
-    config_file = _single(found, "config")
+    config_file = found.single("config")
     if command in ("fit", "prepare", "plan") and config_file is None and not found.overrides:
         raise UsageError(f"{command} needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings")
     for name in {"evaluate": (), "generate": ("prompt",), "export": ("out",)}.get(command, ()):
@@ -176,29 +101,29 @@ def _run(found: Invocation) -> int:
         )
 
     if command == "doctor" and "print-config" not in found.flags:
-        from difftune.diagnose import diagnose
+        from difftune.commands.doctor import diagnose
 
         return diagnose(config_file, found.overrides)
 
-    config = load_config(config_file, _option_overrides(found) + _task_overrides(found), command=command)
+    config = load_config(config_file, option_overrides(found) + task_overrides(found), command=command)
     if "print-config" in found.flags:
-        from difftune.config_text import to_yaml
+        from difftune.config.text import to_yaml
 
         print(to_yaml(config), end="")
         return 0
 
     if command == "plan":
-        from difftune import run_plan
+        from difftune.commands.plan import plan
 
-        return run_plan.plan(config, found.values, as_json="json" in found.flags)
+        return plan(config, found.values, as_json="json" in found.flags)
 
-    from difftune import run
+    from difftune.commands import run
 
-    out = _single(found, "out")
+    out = found.single("out")
     if command == "fit":
         return run.fit(config, dry_run="dry-run" in found.flags) or 0
     if command == "prepare":
-        workers = _single(found, "workers")
+        workers = found.single("workers")
         if workers is not None and not (workers.isdigit() and int(workers) > 0):
             raise UsageError(f"--workers must be a number from 1 on, got {workers!r}")
         run.prepare(
@@ -221,9 +146,9 @@ def _is_of_adapter(found: Invocation) -> bool:
     """Whether an export is that of an adapter; also gives --model what SOURCE says."""
     if found.operand is not None:
         if "model" in found.values:
-            raise UsageError(f"export has two sources: {found.operand} and --model {_single(found, 'model')}")
+            raise UsageError(f"export has two sources: {found.operand} and --model {found.single('model')}")
         found.values["model"] = [found.operand]
-    source, name = _single(found, "model"), _single(found, "format")
+    source, name = found.single("model"), found.single("format")
     if source is not None and (Path(source).expanduser() / "adapter_config.json").is_file():
         return True
     if name in ("peft", "merged", "diffllama-peft"):
@@ -238,7 +163,7 @@ def _is_of_adapter(found: Invocation) -> bool:
 
 def _write_adapter(found: Invocation) -> int:
     """Merge or export an adapter, which reads no recipe."""
-    source, out = _single(found, "model") or found.operand, _single(found, "out")
+    source, out = found.single("model") or found.operand, found.single("out")
     if found.overrides or "config" in found.values or "print-config" in found.flags:
         raise UsageError(f"{found.command} reads no recipe for an adapter: see difftune {found.command} --help")
     for name, given in (("ADAPTER" if found.command == "merge" else "SOURCE", source), ("--out", out)):
@@ -246,45 +171,43 @@ def _write_adapter(found: Invocation) -> int:
             raise UsageError(f"{found.command} needs {name}; see difftune {found.command} --help")
     assert source is not None and out is not None
 
-    from difftune import run_adapters
+    from difftune.commands import adapters
 
     names = ("base", "dtype", "format") + (("onto",) if found.command == "merge" else ("base-diffllama",))
     options = {name.replace("-", "_"): found.values[name][0] for name in names if name in found.values}
-    write = run_adapters.merge if found.command == "merge" else run_adapters.export_adapter
+    write = adapters.merge if found.command == "merge" else adapters.export_adapter
     write(source, out=Path(out), overwrite="overwrite" in found.flags, **options)
     return 0
 
 
 def _convert(found: Invocation) -> int:
-    """The one command that reads no recipe."""
-    if found.overrides or "config" in found.values or "print-config" in found.flags:
-        raise UsageError("convert reads no recipe: it takes SOURCE and its own options; see difftune convert --help")
-    for name, given in (("SOURCE", found.operand), ("--to", _single(found, "to")), ("--out", _single(found, "out"))):
+    """From one kind or layout to another, which reads no recipe."""
+    for name, given in (("SOURCE", found.operand), ("--to", found.single("to")), ("--out", found.single("out"))):
         if given is None:
             raise UsageError(f"convert needs {name}; see difftune convert --help")
     numbers: dict[str, float] = {}
     for name in ("lambda-init", "max-shard-gb"):
-        value = _single(found, name)
+        value = found.single(name)
         try:
             numbers |= {} if value is None else {name: float(value)}
         except ValueError as error:
             raise UsageError(f"--{name} must be a number, got {value!r}") from error
-    steps = _single(found, "lambda-warmup-steps")
+    steps = found.single("lambda-warmup-steps")
     if steps is not None and not steps.isdecimal():
         raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps!r}")
 
-    from difftune import run_convert
+    from difftune.commands.convert import convert
 
     assert found.operand is not None
-    run_convert.convert(
+    convert(
         found.operand,
         to=found.values["to"][0],
         out=Path(found.values["out"][0]),
         text=Path(found.values["text"][0]) if "text" in found.values else None,
-        subln=_single(found, "subln"),
+        subln=found.single("subln"),
         lambda_init=numbers.get("lambda-init"),
         lambda_warmup_steps=None if steps is None else int(steps),
-        dtype=_single(found, "dtype"),
+        dtype=found.single("dtype"),
         max_shard_gb=numbers.get("max-shard-gb"),
         overwrite="overwrite" in found.flags,
     )
@@ -295,13 +218,11 @@ def _look_at_runs(found: Invocation) -> int:
     """Compare and report: they read run folders, and need neither a recipe nor torch."""
     if found.operand is None:
         raise UsageError(f"{found.command} needs RUN, the folder of a run; see difftune {found.command} --help")
-    if found.overrides or "config" in found.values or "print-config" in found.flags:
-        raise UsageError(f"{found.command} reads no recipe: it takes RUN ... and its own options")
     runs = [found.operand, *found.more_operands]
     if found.command == "report":
         from difftune.report.page import write_report
 
-        print(write_report(runs, Path(_single(found, "out") or "report.html")))
+        print(write_report(runs, Path(found.single("out") or "report.html")))
         return 0
     from rich.console import Console
 
@@ -309,78 +230,6 @@ def _look_at_runs(found: Invocation) -> int:
 
     Console().print(comparison_table(compare_runs(runs, metrics=found.values.get("metric", []))))
     return 0
-
-
-def _single(found: Invocation, name: str) -> str | None:
-    return found.values[name][0] if name in found.values else None
-
-
-def _option_overrides(found: Invocation) -> list[str]:
-    """The options that are short for recipe keys, as overrides; what a user writes as key=value comes after them."""
-    assert found.command is not None
-    overrides = []
-    if "model" in found.values:
-        # A model brings its tokenizer; the recipe's is for a fresh one.
-        overrides.append("tokenizer=null")
-    tasks = _tasks(found)
-    if tasks:
-        overrides.append(f"evaluation.tasks={json.dumps(tasks)}")
-    if found.command == "export" and "format" not in found.values:
-        overrides.append("export={}")
-    for option in COMMANDS[found.command].options:
-        if option.key is not None and option.name in found.values:
-            value = found.values[option.name][0]
-            text = json.dumps(value) if option.is_text else value
-            overrides += [f"{key}={text}" for key in _places(option.key, tasks)]
-    return overrides
-
-
-def _places(key: str, tasks: list[dict[str, Any]]) -> list[str]:
-    """The keys that an option sets: one of every task goes to those of --task and --data whose kind has it."""
-    from difftune.tasks import KINDS
-
-    each = "evaluation.tasks.*."
-    if not tasks or not key.startswith(each):
-        return [key]
-    name = key.removeprefix(each)
-    having = [index for index, task in enumerate(tasks) if name in KINDS[task.get("kind", "math")].__dataclass_fields__]
-    if not having:
-        raise UsageError(f"--{name.replace('_', '-')}: no kind of these tasks has the key {name}")
-    return [f"evaluation.tasks.{index}.{name}" for index in having]
-
-
-def _tasks(found: Invocation) -> list[dict[str, Any]]:
-    """The tasks of --data FILE and --task KIND or KIND:TEXT, as a recipe would have them."""
-    from difftune.tasks import KINDS
-
-    tasks: list[dict[str, Any]] = [{"path": path} for path in found.values.get("data", [])]
-    for text in found.values.get("task", []):
-        kind, colon, operand = text.partition(":")
-        if kind not in KINDS:
-            raise UsageError(
-                f"--task {text}: unknown kind '{kind}'{_nearest(kind, KINDS, '')}; one of {', '.join(KINDS)}"
-            )
-        key = KINDS[kind].operand
-        if colon and (key is None or not operand):
-            raise UsageError(f"--task {text}: write --task {kind}" + (f":{key.upper()}" if key else ""))
-        tasks.append({"kind": kind, **({key: operand} if key and operand else {})})
-    return tasks
-
-
-def _task_overrides(found: Invocation) -> list[str]:
-    """The user's KEY=VALUE; with --task KIND, `KIND.key=value` is a key of every task of that kind."""
-    kinds = [task.get("kind") for task in _tasks(found)]
-    overrides = []
-    for text in found.overrides:
-        kind, dot, rest = text.removeprefix("--").partition(".")
-        places = [index for index, name in enumerate(kinds) if dot and name == kind and "=" in rest]
-        overrides += [f"evaluation.tasks.{index}.{rest}" for index in places] or [text]
-    return overrides
-
-
-def _nearest(word: str, known: Any, dashes: str) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
 def _disable_telemetry() -> None:

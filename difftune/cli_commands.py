@@ -95,6 +95,24 @@ COMMANDS = {
   difftune doctor --config recipes/quickstart.yaml
   difftune doctor --config recipes/math_stage1.yaml model.path=DIR trainer.devices=8""",
     ),
+    "verify": Command(
+        summary="try on this machine whether what is promised holds, for your model",
+        about="Computes the same in two ways and compares: every attention backend and the equation, gradients too;\n"
+        "packed texts and each alone; the cache and the whole text; an export as transformers loads it; an adapter\n"
+        "merged and beside its base; trainings in micro-batches, gone on from a checkpoint, on two devices. With\n"
+        "--model that model, and small ones with its attention; without, a small model of each kind. Takes a minute\n"
+        "or two a kind. Exit code 1: something does not hold.",
+        options=(
+            Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", is_text=True),
+            Option("dtype", "of its weights: float32, bfloat16 or float16; as stored by default", "NAME"),
+            Option("device", "cpu, cuda or auto (the default)", "NAME"),
+        ),
+        examples="""
+  difftune verify
+  difftune verify --model runs/quickstart/export
+  difftune verify --model my-diff --dtype bfloat16 --device cuda""",
+        reads_recipe=False,
+    ),
     "prepare": Command(
         summary="check and tokenise the data of a recipe; store what a teacher says to them",
         about="Tokenises the training data of every stage into the cache that fit reads (data.cache_dir, or cache/ in\n"
@@ -301,7 +319,8 @@ def command_help(name: str) -> str:
         lines.append(f"  {left:<21} {option.help}{key}")
     options = "\n".join(lines)
     if not command.reads_recipe:
-        return f"""usage: difftune {name} {command.operand}{" ..." if command.many else ""} [options]
+        operand = f" {command.operand}{' ...' if command.many else ''}" if command.operand else ""
+        return f"""usage: difftune {name}{operand} [options]
 
 {command.about}
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 import difftune
-from difftune import cli
+from difftune import cli, commands
+from difftune.cli_commands import COMMANDS, help_text
 from difftune.config import load_config
+from tests.test_cli_arguments import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
@@ -22,7 +24,6 @@ tokenizer: digits
 data: {train: [{path: synthetic:arithmetic}]}
 trainer: {max_steps: 10}
 """
-EVERY = "fit, plan, doctor, prepare, evaluate, generate, export, merge, convert, compare, report"
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for difftune.run: keeps what it is called with, so that no torch is needed."""
+    """Stands in for difftune.commands.run: keeps what it is called with, so that no torch is needed."""
     seen: dict[str, Any] = {}
 
     def recorder(name: str) -> Callable[..., None]:
@@ -43,21 +44,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         return record
 
-    fake = types.ModuleType("difftune.run")
+    fake = types.ModuleType("difftune.commands.run")
     for name in ("fit", "evaluate", "generate", "export"):
         setattr(fake, name, recorder(name))
-    monkeypatch.setitem(sys.modules, "difftune.run", fake)
-    monkeypatch.setattr(difftune, "run", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "difftune.commands.run", fake)
+    monkeypatch.setattr(commands, "run", fake, raising=False)
     return seen
-
-
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one message of a command line that is wrong."""
-    assert cli.main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and "Traceback" not in printed.err
-    assert printed.err.startswith("difftune: error: ")
-    return printed.err.removeprefix("difftune: error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +77,7 @@ def test_dry_run_is_passed_on(calls: dict[str, Any], recipe: str) -> None:
 def test_the_exit_code_of_a_stopped_run_is_passed_on(
     calls: dict[str, Any], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", lambda config, dry_run: 143)
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", lambda config, dry_run: 143)
     assert cli.main(["fit", "--config", recipe]) == 143
 
 
@@ -164,43 +156,6 @@ def test_print_config_shows_what_loads_again_and_runs_nothing(
     assert load_config(printed) == load_config(recipe, ["seed=7"]) and not calls
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fti"], "unknown command 'fti'; did you mean fit?"),
-        (["xyzzy"], f"unknown command 'xyzzy'; one of {EVERY}"),
-        (["--model", "m"], f"which command? one of {EVERY}"),
-        (["fit"], "fit needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
-        (["fit", "a.yaml"], "a recipe goes after --config: --config a.yaml"),
-        (["fit", "--config"], "--config needs a value: --config FILE"),
-        (
-            ["fit", "--config", "a", "--config", "b"],
-            "--config is given twice; a recipe can build on another with base:",
-        ),
-        (["fit", "--dry-run=1"], "--dry-run takes no value, got '1'"),
-        (["fit", "--dryrun"], "unknown option --dryrun; did you mean --dry-run?"),
-        (["fit", "-x"], "unknown option -x"),
-        (
-            ["fit", "--trainer.max_steps", "3"],
-            "unknown option --trainer.max_steps; to set a recipe key, write trainer.max_steps=VALUE",
-        ),
-        (["fit", "now"], "unexpected argument 'now'; to set a recipe key, write KEY=VALUE"),
-        (["fit", "--prompt", "x"], "--prompt is not an option of fit, but of generate"),
-        (
-            ["evaluate", "--model", "m"],
-            "evaluate needs tasks: --data FILE, --task KIND, or --config with a recipe that has evaluation.tasks",
-        ),
-        (["generate", "--model", "m"], "generate needs --prompt; see difftune generate --help"),
-        (["export", "--model", "m"], "export needs --out; see difftune export --help"),
-        (["fit", "--config", "nowhere.yaml"], "recipe not found: nowhere.yaml"),
-    ],
-)
-def test_a_wrong_command_line_is_one_message(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert refuse(capsys, *arguments) == message
-
-
 def test_a_misspelt_key_is_one_message_with_file_and_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path(recipe).write_text(RECIPE + "optim:\n  lrr: 1\n")
     message = refuse(capsys, "fit", "--config", recipe)
@@ -239,7 +194,7 @@ def test_failures_of_a_run_have_their_exit_codes(
     code: int,
     traceback: bool,
 ) -> None:
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", raising(error))
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", raising(error))
     assert cli.main(["fit", "--config", recipe]) == code
     assert ("Traceback" in capsys.readouterr().err) == traceback
 
@@ -250,7 +205,7 @@ def test_a_value_that_our_code_refuses_is_the_users_error(
     def fit(config: Any, dry_run: bool) -> None:
         load_config(None, ["seed=-1"])
 
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", fit)
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", fit)
     assert "seed must be at least 0, got -1" in refuse(capsys, "fit", "--config", recipe)
 
 
@@ -260,35 +215,18 @@ def test_debug_shows_the_traceback(recipe: str, capsys: pytest.CaptureFixture[st
     assert "Traceback" in printed and printed.rstrip().endswith("seed must be an integer, got 'x'")
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_of_a_command_shows_every_option_and_examples_that_parse(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import shlex
-
-    assert cli.main([command, "--help"]) == 0
-    text = capsys.readouterr().out
-    for option in cli.COMMANDS[command].options:
-        assert f"--{option.name}" in text and option.help in text
-    examples = [line.split("   ")[0].strip() for line in cli.COMMANDS[command].examples.splitlines() if line.strip()]
-    assert examples
-    for example in examples:
-        program, *arguments = shlex.split(example)
-        assert program == "difftune" and cli.parse(arguments).command == command
-
-
 def test_options_name_keys_that_exist() -> None:
-    from difftune.config_text import documented_keys
+    from difftune.config.text import documented_keys
 
     known = {key.path for key in documented_keys()}
-    keys = [option.key for command in cli.COMMANDS.values() for option in command.options if option.key]
+    keys = [option.key for command in COMMANDS.values() for option in command.options if option.key]
     assert keys and {key.replace(".*", "[]") for key in keys} <= known
 
 
 def test_help_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert all(f"  {name} " in text for name in COMMANDS)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"difftune {difftune.__version__}\n"
     assert cli.main([]) == 2
@@ -307,9 +245,10 @@ def test_help_loads_no_torch(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_launcher_is_the_same_command_line() -> None:
-    done = subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.rstrip("\n") == cli.help_text()
+@pytest.mark.parametrize("words", [["cli.py"], ["-m", "difftune"]], ids=["file", "module"])
+def test_what_a_launcher_starts_is_the_same_command_line(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.rstrip("\n") == help_text()
 
 
 def test_advice_of_a_package_that_we_do_not_follow_is_not_shown() -> None:
@@ -329,57 +268,6 @@ def test_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["DO_NOT_TRACK"] == "0", "a user's own setting stays"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["convert", "--to", "diff_v2", "--out", "o"], "convert needs SOURCE; see difftune convert --help"),
-        (["convert", "s", "--out", "o"], "convert needs --to; see difftune convert --help"),
-        (["convert", "s", "--to", "diff_v2"], "convert needs --out; see difftune convert --help"),
-        (["convert", "s", "t"], "unexpected argument 't'; to set a recipe key, write KEY=VALUE"),
-        (
-            ["convert", "s", "--to", "diff_v2", "--out", "o", "optim.lr=1"],
-            "convert reads no recipe: it takes SOURCE and its own options; see difftune convert --help",
-        ),
-        (
-            ["convert", "s", "--to", "diff_v1", "--out", "o", "--lambda-init", "small"],
-            "--lambda-init must be a number, got 'small'",
-        ),
-        (
-            ["convert", "s", "--to", "diff_v1", "--out", "o", "--lambda-warmup-steps", "1.5"],
-            "--lambda-warmup-steps must be a whole number of optimiser steps, got '1.5'",
-        ),
-        (["fit", "--to", "diff_v2"], "--to is not an option of fit, but of convert"),
-        (["merge", "a", "--out", "o", "seed=1"], "merge reads no recipe for an adapter: see difftune merge --help"),
-        (["merge", "a"], "merge needs --out; see difftune merge --help"),
-        (["export", "a", "--model", "b", "--out", "o"], "export has two sources: a and --model b"),
-        (
-            ["export", "m", "--base", "b", "--out", "o"],
-            "--base is for adapters, and m is not one (no adapter_config.json)",
-        ),
-    ],
-)
-def test_a_wrong_convert_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert refuse(capsys, *arguments) == message
-
-
-ENOUGH = ("tokenizer=digits", "data.train=[{path: a.jsonl}]")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["prepare"], "prepare needs a recipe, such as --config recipes/quickstart.yaml, or key=value settings"),
-        (
-            ["prepare", "--config", str(ROOT / "recipes" / "quickstart.yaml"), "--workers", "0"],
-            "--workers must be a number from 1 on, got '0'",
-        ),
-        (["fit", "--teacher"], "--teacher is not an option of fit, but of prepare"),
-    ],
-)
-def test_a_wrong_prepare_is_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert refuse(capsys, *arguments) == message
-
-
 def test_a_ctrl_c_that_became_another_error_is_a_ctrl_c(
     calls: dict[str, Any], recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,6 +277,6 @@ def test_a_ctrl_c_that_became_another_error_is_a_ctrl_c(
         except KeyboardInterrupt:
             raise ValueError("model.safetensors is damaged or incomplete") from None
 
-    monkeypatch.setattr(sys.modules["difftune.run"], "fit", fit)
+    monkeypatch.setattr(sys.modules["difftune.commands.run"], "fit", fit)
     assert cli.main(["fit", "--config", recipe]) == 130
     assert capsys.readouterr().err == "difftune: stopped by the user\n"

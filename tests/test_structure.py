@@ -1,4 +1,4 @@
-"""The shape of the project: arrows, file lengths, the README's tree, mirrored tests, docstrings, recipe headers."""
+"""The shape of the project: file lengths, the README's tree, mirrored tests, docstrings, recipe headers."""
 
 import ast
 import os
@@ -20,138 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted([ROOT / "cli.py", *MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
-CONFIG = {
-    "config",
-    "config_adapter",
-    "config_checkpoint",
-    "config_distill",
-    "config_long",
-    "config_tree",
-    "config_build",
-    "config_checks",
-    "config_checks_scale",
-    "config_scale",
-    "config_text",
-    "config_field",
-    "tasks",
-}
-ARROWS: dict[str, set[str]] = {  # room or file -> what it may import from difftune
-    "ops": set(),
-    "environment": set(),
-    "losses": {"ops"},
-    "shard_files": set(),
-    "interruption": set(),
-    "modeling": {"ops"},
-    "checkpoints": {"interruption", "modeling", "ops", "shard_files"},
-    "data": set(),
-    "training": {"losses", "modeling", "ops", "shard_files"},
-    "evaluation": {"modeling", "ops"},
-    "report": set(),
-    **{name: CONFIG for name in CONFIG},
-    # A kind of task: its keys, and how it is built; the room below is imported when it is.
-    "tasks": {"config_field", "data", "evaluation"},
-    # What run.py is made of: these, and the command line, are all that may see a config.
-    "dry_run": {"environment", "data", "evaluation", "modeling", "training"},
-    "run_folder": {"environment", "training"},
-    "result_folder": {"evaluation"},
-    "evaluate": {"evaluation", "report", "result_folder"},
-    "build_scale": {*CONFIG, "checkpoints", "environment", "modeling", "training"},
-    "on_policy": {"data", "evaluation"},
-    "build_distill": {*CONFIG, "checkpoints", "data", "modeling", "on_policy", "training"},
-    "build": {
-        *CONFIG,
-        "build_distill",
-        "build_scale",
-        "checkpoints",
-        "data",
-        "evaluation",
-        "modeling",
-        "run_folder",
-        "training",
-    },
-    "diagnose_ranks": set(),
-    "diagnose": {*CONFIG, "checkpoints", "diagnose_ranks", "environment", "ops", "plan", "terminal", "training"},
-    "plan": {
-        *CONFIG,
-        "build",
-        "build_distill",
-        "build_scale",
-        "checkpoints",
-        "data",
-        "environment",
-        "evaluation",
-        "losses",
-        "modeling",
-        "ops",
-        "training",
-    },
-    "run_plan": {*CONFIG, "plan", "terminal"},
-    "prepare": {*CONFIG, "build", "build_distill", "data", "dry_run", "evaluation", "report", "run_folder", "training"},
-    "run": {
-        *CONFIG,
-        "build",
-        "build_scale",
-        "checkpoints",
-        "dry_run",
-        "evaluate",
-        "evaluation",
-        "modeling",
-        "prepare",
-        "report",
-        "result_folder",
-        "run_folder",
-        "terminal",
-        "training",
-    },
-    "cli_commands": set(),
-    "terminal": set(),
-    "rank_errors": set(),
-    "run_adapters": {"checkpoints", "data", "modeling", "terminal"},
-    "run_convert": {"checkpoints", "terminal"},
-    "cli": {
-        *CONFIG,
-        "cli_commands",
-        "report",
-        "run",
-        "run_adapters",
-        "run_convert",
-        "run_plan",
-        "diagnose",
-        "interruption",
-        "rank_errors",
-    },
-    "__init__": {"ops", "modeling", "checkpoints"},
-}
-
 
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-def rooms_imported(source: str) -> set[str]:
-    """First component below `difftune` of every absolute import, at any depth, those inside functions too."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("difftune.")} - {"__version__"}
-
-
-def test_the_import_reader_sees_every_form() -> None:
-    source = (
-        "import difftune.ops\nfrom difftune import run\ndef f():\n    from difftune.data.chat import x\nimport torch\n"
-    )
-    assert rooms_imported(source) == {"ops", "run", "data"}
-
-
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_arrows_point_one_way(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in ARROWS, f"{relative(path)}: a new room; say in ARROWS what it may import"
-    forbidden = rooms_imported(path.read_text()) - ARROWS[room] - {room}
-    assert not forbidden, f"{relative(path)} imports {sorted(forbidden)}, which stand above or beside it"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

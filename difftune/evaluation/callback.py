@@ -47,9 +47,9 @@ class ScheduledEvaluation(Callback):
         at_end: Evaluate after the last step.
         every_n_steps: Optimiser steps between two evaluations. None: not by steps.
         every_n_tokens: Training tokens between two evaluations. None: not by tokens.
-        every_fraction: Share of the training between two evaluations, above 0 and at most 1. None: not by share.
-        total_steps: Optimiser steps of the training, for `every_fraction`. None: `total_steps` of the training module,
-            which knows how many ranks share the data, else what the Trainer expects.
+        every_fraction: Share of the training between two evaluations, above 0 and at most 1. None: not by share. The
+            steps are the `total_steps` of the training module, which knows how many ranks share the data, or, where it
+            has none, what the Trainer expects.
         time_limit_s: Seconds for one evaluation; what a task leaves over goes to those after it. None: no limit.
         should_stop: Polled while texts are generated; True ends the evaluation at once (preemption).
         on_result: Called on all ranks with the trainer and the metrics of each evaluation that is complete.
@@ -71,7 +71,6 @@ class ScheduledEvaluation(Callback):
         every_n_steps: int | None = None,
         every_n_tokens: int | None = None,
         every_fraction: float | None = None,
-        total_steps: int | None = None,
         time_limit_s: float | None = None,
         should_stop: Callable[[], bool] | None = None,
         on_result: Callable[[Trainer, dict[str, float]], None] | None = None,
@@ -93,7 +92,7 @@ class ScheduledEvaluation(Callback):
         self.samples_dir = None if samples_dir is None else Path(samples_dir)
         self.stage, self.before, self.at_end = stage, before, at_end
         self.every_n_steps, self.every_n_tokens, self.every_fraction = every_n_steps, every_n_tokens, every_fraction
-        self.total_steps, self.time_limit_s = total_steps, time_limit_s
+        self.time_limit_s = time_limit_s
         self.should_stop, self.on_result = should_stop, on_result
         self.results: dict[int, dict[str, Result]] = {}
         """What this process has evaluated: results by task name, by optimiser step."""
@@ -161,7 +160,7 @@ class ScheduledEvaluation(Callback):
         """The steps that `every_fraction` stands for."""
         if self.every_fraction is None:
             return set()
-        total = self.total_steps or getattr(pl_module, "total_steps", None) or trainer.estimated_stepping_batches
+        total = getattr(pl_module, "total_steps", None) or trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError(
                 f"every_fraction={self.every_fraction} needs a known number of steps: "

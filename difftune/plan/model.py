@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
-from difftune.build import build_tokenizer, fresh_architecture
+from difftune.builder import build_tokenizer, fresh_architecture
 from difftune.checkpoints.adapters import base_of_adapter
 from difftune.checkpoints.diffllama import config_from_diffllama
 from difftune.checkpoints.folders import read_config, read_json, resolve_folder

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from difftune.build_scale import training_bytes
-from difftune.config import Config, StageConfig
-from difftune.config_adapter import AdapterConfig
+from difftune.builder.scale import training_bytes
+from difftune.config import AdapterConfig, Config, StageConfig
 from difftune.data.forecast import Forecast
 from difftune.environment import total_memory_bytes
 from difftune.modeling import DiffTransformerConfig, count_parameters

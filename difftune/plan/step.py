@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from difftune.build_distill import loss_options
+from difftune.builder.distill import loss_options
 from difftune.config import Config, StageConfig
 from difftune.modeling import DiffTransformerConfig
 from difftune.ops import Documents

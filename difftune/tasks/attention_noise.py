@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from difftune.config_field import key
+from difftune.config.field import key
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:

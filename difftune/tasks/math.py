@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from difftune.config_field import key
+from difftune.config.field import key
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import seed_everything
 
-from difftune.build import build_tasks
+from difftune.builder import build_tasks
 from difftune.config import load_config
 from difftune.data.problems import load_problems
 from difftune.data.tokenizers import build_tokenizer

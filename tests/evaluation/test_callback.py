@@ -137,7 +137,6 @@ def steps(module: Training) -> list[int]:
         ({"every_n_steps": 4, "at_end": False, "before": False}, {}, [4, 8]),
         ({"every_fraction": 0.25}, {}, [0, 2, 4, 6, 8]),
         ({"every_fraction": 0.3, "at_end": False}, {}, [0, 2, 5, 7]),
-        ({"every_fraction": 0.5, "total_steps": 4}, {}, [0, 2, 4, 8]),
         ({"every_fraction": 0.5}, {"max_steps": -1, "max_epochs": 2, "batches": 3}, [0, 3, 6]),
         ({"every_n_tokens": 50}, {}, [0, 3, 5, 7, 8]),
         ({"every_n_tokens": 24, "every_n_steps": 2}, {"max_steps": 3}, [0, 1, 2, 3]),

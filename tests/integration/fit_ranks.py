@@ -3,7 +3,8 @@
 import json
 import sys
 
-from difftune import build, cli, run  # noqa: F401 - the imports of a run, paid once for all ranks
+from difftune import cli
+from difftune.commands import run  # noqa: F401 - the imports of a run, paid once for all ranks
 
 
 def main(arguments):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from difftune import build, cli, run  # noqa: F401 - the imports of a run, paid once for all ranks
+from difftune import cli
+from difftune.commands import run  # noqa: F401 - the imports of a run, paid once for all ranks
 from difftune.training.finetune import FinetuneModule
 
 

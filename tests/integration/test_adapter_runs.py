@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difftune import run
-from difftune.build import build_adapter, build_data, build_model, build_module, build_tokenizer
+from difftune.builder import build_adapter, build_data, build_model, build_module, build_tokenizer
 from difftune.checkpoints.adapters import load_with_base
 from difftune.checkpoints.load import load_model
 from difftune.cli import main
+from difftune.commands import run
 from difftune.config import load_config
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, count_parameters

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftune import run
 from difftune.checkpoints.load import load_model
+from difftune.commands import run
 from difftune.config import load_config
 
 # Steps as short as they can be: what is measured is what is saved.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from difftune import run
+from difftune.commands import run
 from difftune.config import load_config
 from tests.conftest import ROOT
 from tests.evaluation.nli_model import save_nli_model

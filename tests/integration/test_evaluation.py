@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from difftune import run
+from difftune.commands import run
 from difftune.config import Config, load_config
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation import generation

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from difftune import run
+from difftune.commands import run
 from difftune.config import Config, load_config
 from difftune.report.compare import compare_runs
 from difftune.report.page import render_report

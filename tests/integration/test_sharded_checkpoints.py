@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difftune import run
 from difftune.checkpoints.load import load_model
 from difftune.cli import main
+from difftune.commands import run
 from difftune.config import load_config
 from tests.integration.test_adapter_runs import QUICKSTART, make_base
 from tests.ranks import run_ranks

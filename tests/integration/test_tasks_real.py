@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from difftune import run
 from difftune.checkpoints.load import load_model
+from difftune.commands import run
 from difftune.config import load_config
 from difftune.data.texts import load_texts
 from difftune.evaluation.grading import grade

@@ -6,8 +6,9 @@ import torch
 from difftune.ops import diff_attention, softmax_attention
 from difftune.ops.diff_attention import _log_choice
 from difftune.ops.reference import reference_maps
-from tests.ops.equation import assert_equals_the_equation, make_inputs, sums_of_absolute_terms
-from tests.tolerances import assert_within_budget, outputs_and_gradients
+from difftune.verification.equation import make_inputs, softmax_deviations
+from tests.ops.equation import assert_equals_the_equation
+from tests.tolerances import assert_within_budget
 
 # (B, T, S, H, G, D): T = S, T < S, one token, GQA ratios 1, 2 and all heads in one group, head dims not powers of two.
 SHAPES = [
@@ -96,17 +97,9 @@ def test_negative_weights_are_kept():
 def test_softmax_attention_equals_the_equation(shape):
     B, T, S, H, G, D = shape
     inputs = [torch.randn(B, T, H, D), torch.randn(B, S, G, D), torch.randn(B, S, G, D)]
-    cotangent = torch.randn(B, T, H, D)
-
-    def run(tensors, backend):
-        return outputs_and_gradients(lambda q, k, v: softmax_attention(q, k, v, backend=backend), tensors, cotangent)
-
-    q, k, v = (x.double() for x in inputs)
-    maps, _ = reference_maps(q[..., None, :].expand(-1, -1, -1, 2, -1), k[..., None, :])
-    scales = sums_of_absolute_terms(maps, q, k, v, 1.0, cotangent.double())
-    results = zip(run(inputs, "sdpa"), run(inputs, "reference"), run([q, k, v], "reference"), strict=True)
-    for name, (a, p, t) in zip(["out", "dq", "dk", "dv"], results, strict=True):
-        assert_within_budget(name, a, p, t, scales.get(name))
+    found = softmax_deviations(inputs, "sdpa")
+    assert [deviation.name for deviation in found] == ["out", "dq", "dk", "dv"]
+    assert all(deviation.holds for deviation in found), "; ".join(map(str, found))
 
 
 def test_gradcheck_of_the_packed_path():

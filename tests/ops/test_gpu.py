@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from difftune.ops import diff_attention, flash
-from tests.ops.equation import assert_equals_the_equation, make_inputs
+from difftune.verification.equation import make_inputs
+from tests.ops.equation import assert_equals_the_equation
 
 pytestmark = pytest.mark.gpu
 

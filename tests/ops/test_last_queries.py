@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from difftune.ops import sdpa
 from difftune.ops.last_queries import in_blocks, last_queries
-from tests.ops.equation import assert_equals_the_equation, make_inputs
+from difftune.verification.equation import make_inputs
+from tests.ops.equation import assert_equals_the_equation
 
 
 @pytest.mark.parametrize("way", ["two parts", "blocks"])

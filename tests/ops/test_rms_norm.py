@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from difftune.ops import rms_norm
-from tests.tolerances import assert_within_budget, outputs_and_gradients
+from difftune.verification.equation import outputs_and_gradients
+from tests.tolerances import assert_within_budget
 
 
 def equation(x, weight, eps):

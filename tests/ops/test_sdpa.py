@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from difftune.ops import Documents, diff_attention
 from difftune.ops.sdpa import sdpa_attention
-from tests.ops.equation import make_inputs, scales_of
+from difftune.verification.equation import make_inputs, scales_of
 from tests.tolerances import assert_within_budget
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difftune.config import Config, StageConfig, load_config
-from difftune.config_text import to_yaml
+from difftune.config.text import to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -148,12 +148,12 @@ def test_the_64k_recipe_runs_dry_on_the_meta_device(
     """The paper's 3B on a machine that it does not fit: all is built but for the step."""
     import json
 
-    from difftune import run
+    from difftune.commands import run
 
     texts = ["A sentence of a long book. " * 400, "A short one."]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("difftune.dry_run._memory", lambda: ("machine", 2**34))
+    monkeypatch.setattr("difftune.commands.dry_run._memory", lambda: ("machine", 2**34))
     tasks = "evaluation.tasks=[{kind: nll, path: 'synthetic:prose', name: books, length: 65536}]"
     overrides = [*FRESH["long_context_64k"], "data.train.0.path=long.jsonl", tasks]
     assert run.fit(load_config(ROOT / "recipes" / "long_context_64k.yaml", overrides), dry_run=True) == 0
@@ -191,8 +191,8 @@ def test_the_commands_in_a_header_are_accepted(path: Path, monkeypatch: pytest.M
 def test_every_preset_of_the_adapter_recipe_trains(
     preset: str, quickstart_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from difftune import run
     from difftune.checkpoints.load import load_model
+    from difftune.commands import run
 
     monkeypatch.chdir(quickstart_model)
     short = ["trainer.max_steps=2", "optim.warmup_steps=1", "logging.loggers=[jsonl]", "logging.progress_bar=false"]
@@ -216,7 +216,7 @@ def test_every_preset_of_the_adapter_recipe_trains(
 @pytest.fixture(scope="module")
 def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small fresh model where the quickstart leaves its own."""
-    from difftune.build import build_model, build_tokenizer
+    from difftune.builder import build_model, build_tokenizer
 
     config = load_config(ROOT / "recipes" / "quickstart.yaml", ["model.hidden_size=32", "model.intermediate_size=32"])
     tokenizer = build_tokenizer(config)

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import seed_everything
 from torch.distributed.tensor import DTensor
 
+from difftune.builder.on_policy import StudentSampler
 from difftune.checkpoints.teacher_shards import load_sharded_teacher
 from difftune.evaluation import replicas
-from difftune.on_policy import StudentSampler
 from difftune.training.distill import DistillModule
 from difftune.training.strategies import build_strategy
 from difftune.training.teachers import OnlineTeacher

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 
+from difftune.builder.on_policy import StudentSampler
 from difftune.modeling.modeling import recompute_blocks
-from difftune.on_policy import StudentSampler
 from difftune.training.checkpoint import Checkpointing
 from difftune.training.checkpoint_io import find_resumable
 from difftune.training.distill import DistillModule

@@ -11,7 +11,7 @@ from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.ops import Documents, diff_attention
 from difftune.ops.triton import forward
 from difftune.ops.triton.attention import triton_diff_attention
-from tests.ops.equation import make_inputs
+from difftune.verification.equation import make_inputs
 from tests.ops.triton.conftest import among_nans
 
 SHAPE = (1, 13, 13, 2, 1, 32)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from difftune.ops import diff_attention
-from tests.ops.equation import make_inputs
+from difftune.verification.equation import make_inputs
 
 pytestmark = pytest.mark.usefixtures("guards")
 

@@ -8,7 +8,7 @@ from difftune.ops import diff_attention, softmax_attention
 from difftune.ops.diff_attention import _log_choice, choose_backend
 from difftune.ops.triton import coverage
 from difftune.ops.triton.coverage import why_not
-from tests.ops.equation import make_inputs
+from difftune.verification.equation import make_inputs
 
 
 def inputs(kind="v1", D=32, dtype=torch.bfloat16):

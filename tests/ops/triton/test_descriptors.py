@@ -9,7 +9,8 @@ from difftune.ops.triton.descriptors import describe_heads, is_aligned
 from difftune.ops.triton.forward import forward
 from difftune.ops.triton.launch import Problem, architecture
 from difftune.ops.triton.tiles import SMALL, TILES
-from tests.ops.equation import assert_equals_the_equation, make_inputs
+from difftune.verification.equation import make_inputs
+from tests.ops.equation import assert_equals_the_equation
 from tests.ops.triton.conftest import among_nans
 
 DOCUMENTS = torch.tensor([0, 1, 24, 40])

@@ -1,0 +1,132 @@
+"""From a recipe to its tokenizer, its model, and the adapter in it."""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from lightning.pytorch import seed_everything
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from difftune.builder.scale import build_fresh_skeleton, build_stored_skeleton
+from difftune.checkpoints.adapters import load_adapter, tokenizer_folder
+from difftune.checkpoints.load import load_model, read_architecture
+from difftune.checkpoints.sharded import StoredWeights, weightless_projections
+from difftune.config import Config, ModelConfig
+from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.modeling.adapter_settings import AdapterSettings
+from difftune.modeling.adapters import add_adapter
+from difftune.modeling.modeling import recompute_blocks
+from difftune.modeling.quantized import quantize_base
+
+log = logging.getLogger(__name__)
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, else the one that belongs to `model.path`."""
+    if config.tokenizer is not None:
+        return build_named_tokenizer(config.tokenizer)
+    assert config.model.path is not None, "checked with the config"
+    return build_named_tokenizer(tokenizer_folder(config.model.path))
+
+
+def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
+    """The architecture of a fresh model, with the vocabulary and the special tokens of the tokenizer."""
+    return DiffTransformerConfig(
+        **{"vocab_size": len(tokenizer), **config.architecture()},
+        attention_backend=config.attention_backend,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def build_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
+    """The architecture of the model to train, of which no weight is read."""
+    return fresh_architecture(config, tokenizer) if config.path is None else read_architecture(config.path)
+
+
+def build_model(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    start_from: Path | None = None,
+    device: str = "cpu",
+    sharded: bool = False,
+) -> DiffTransformerForCausalLM:
+    """The model to train.
+
+    Args:
+        config: Its section of the recipe.
+        tokenizer: Its tokenizer.
+        seed: Of the weights of a fresh model.
+        start_from: Checkpoint of an earlier stage. None: `config.path`, else a fresh model.
+        device: "meta" builds a fresh model without weights.
+        sharded: Build it on the meta device; its attribute `weights_on_disk` fills it once it has been sharded.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model's embedding.
+    """
+    dtype = getattr(torch, config.dtype)
+    path = start_from or config.path
+    if path is not None:
+        load = build_stored_skeleton if sharded else load_model
+        model = load(path, dtype=dtype, attention_backend=config.attention_backend)
+        given = config.architecture()
+        context = {name: given[name] for name in ("max_position_embeddings", "rope_parameters") if name in given}
+        if context:
+            model.extend_context(**context)
+        # A later stage goes on with the warm-up that the first one began.
+        if config.lambda_warmup_steps is not None and start_from is None:
+            model.warm_up_lambda(config.lambda_warmup_steps)
+    elif sharded:
+        model = build_fresh_skeleton(fresh_architecture(config, tokenizer), dtype, seed)
+    else:
+        seed_everything(seed, verbose=False)
+        with torch.device(device):
+            model = DiffTransformerForCausalLM(fresh_architecture(config, tokenizer))
+        cast_weights(model, dtype)
+    if model.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size} rows: "
+            "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
+        )
+    if config.quantization is not None:
+        log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
+    if config.gradient_checkpointing:
+        recompute_blocks(model, every=config.gradient_checkpointing_every)
+    model.chunk_mlp(config.mlp_chunk)
+    return model
+
+
+def build_adapter(
+    config: Config, model: DiffTransformerForCausalLM, *, start_from: Path | None = None
+) -> PeftModel | None:
+    """Put the adapter that the config asks for inside the model and freeze the rest; None if it asks for none.
+
+    Args:
+        config: The whole recipe.
+        model: The base; changed in place.
+        start_from: Checkpoint of an earlier stage, whose adapter goes on. None: a new adapter.
+
+    Raises:
+        ValueError: If the settings do not fit the model, or the checkpoint belongs to another base.
+    """
+    if config.adapter is None:
+        return None
+    weights = getattr(model, "weights_on_disk", None)
+    with weightless_projections(model, weights) if isinstance(weights, StoredWeights) else nullcontext():
+        if start_from is not None:
+            return load_adapter(model, start_from, trainable=True)
+        seed_everything(config.seed, verbose=False)
+        try:
+            adapted = add_adapter(model, AdapterSettings(**vars(config.adapter)))
+        except ValueError as error:
+            raise ValueError(f"adapter: {error}") from error
+    # Found again from wherever the adapter is loaded; a hub id stays one.
+    path = Path(str(config.model.path)).expanduser()
+    model.config._name_or_path = str(path.absolute()) if path.exists() else str(config.model.path)
+    return adapted

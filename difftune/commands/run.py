@@ -1,0 +1,321 @@
+"""What fit, prepare, evaluate, generate and export do, in reading order: build objects, run them, say what came out."""
+
+import dataclasses
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from difftune.builder import (
+    build_adapter,
+    build_architecture,
+    build_data,
+    build_model,
+    build_module,
+    build_tasks,
+    build_tokenizer,
+    build_trainer,
+    fresh_architecture,
+)
+from difftune.builder.scale import is_sharded, num_parameters, settle_strategies, training_bytes
+from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
+from difftune.checkpoints.export import ExportReport, export_model
+from difftune.checkpoints.load import load_model
+from difftune.checkpoints.merge import merge_adapter
+from difftune.commands.dry_run import dry_run_stage, report_size
+from difftune.commands.evaluate import describe_model, evaluate_tasks
+from difftune.commands.prepare import check_quickly, prepare_stages
+from difftune.config import Config, StageConfig
+from difftune.config.checks import task_defaults
+from difftune.config.text import to_yaml
+from difftune.evaluation.generation import generate_texts
+from difftune.modeling import DiffTransformerForCausalLM, count_parameters
+from difftune.modeling.adapters import describe_adapter
+from difftune.modeling.quantized import quantize_base
+from difftune.report.summary import accuracy_table
+from difftune.result_folder import ResultFolder
+from difftune.run_folder import RunFolder
+from difftune.terminal import console, is_first_rank, say, set_up_logging
+from difftune.training.checkpoint_io import step_of
+from difftune.training.context_parallel import require_divisible
+from difftune.training.preemption import Preemption
+from difftune.training.slurm import requeue_if_asked
+from difftune.training.strategies import kind_of_device
+
+log = logging.getLogger(__name__)
+
+
+def fit(config: Config, *, dry_run: bool = False) -> int:
+    """Train the stages of a config, each from the model that the one before left; export; show what came out.
+
+    Called again for the same run folder it goes on: stages that have ended are passed over, the one that was
+    interrupted resumes from its newest whole checkpoint.
+
+    Args:
+        config: What to train.
+        dry_run: Build everything, take one step, show memory and a sample; write nothing.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the training.
+
+    Raises:
+        ValueError: If the config does not fit what is on disk: data, model, or an earlier run in the folder.
+    """
+    set_up_logging()
+    tokenizer = build_tokenizer(config)
+    if dry_run:
+        _dry_run(config, tokenizer)
+        return 0
+
+    recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
+    folder = RunFolder(config.run_dir)
+    if is_first_rank():
+        folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
+        tokenizer.save_pretrained(folder.path / "tokenizer")
+    stages = config.resolved_stages()
+    model: DiffTransformerForCausalLM | None = None
+    adapted: PeftModel | None = None
+    before: Path | None = None
+    with Preemption() as preemption:
+        for stage in stages:
+            if folder.has_ended(stage.name, _end_of(stage)):
+                log.info("stage %s has ended before: passed over", stage.name)
+                model, before = None, folder.last_checkpoint(stage.name)
+                continue
+            if model is None:
+                # With an adapter, a checkpoint holds the adapter alone.
+                whole = before if config.adapter is None else None
+                model = build_model(config.model, tokenizer, config.seed, start_from=whole, sharded=is_sharded(config))
+                counts = count_parameters(model)
+                kind = model.config.attention
+                say(f"{kind}: {counts['total']:,} parameters, {counts['lambda']:,} of them lambda")
+                adapted = build_adapter(config, model, start_from=before)
+                if adapted is not None:
+                    say(f"adapter: {describe_adapter(adapted)}")
+            _train(config, stage, folder, model, adapted, tokenizer, preemption)
+            if preemption.exit_code is not None:
+                if is_first_rank():
+                    log.warning("stopped by a signal; the same command goes on from here")
+                    requeue_if_asked(preemption.exit_code - 128)
+                return preemption.exit_code
+    if is_first_rank():
+        _finish(config, folder, stages[-1].name, tokenizer)
+    return 0
+
+
+def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None:
+    """Tokenise the training data of every stage into its cache, and what was asked for besides.
+
+    Args:
+        config: What will be trained.
+        workers: Processes that tokenise.
+        teacher: Store the top k of each stage's teacher beside the tokens.
+        check: Look at every row, forecast the run, and write `data_check.json` and its picture to the run folder.
+
+    Raises:
+        ValueError: If the data cannot be read, or a check finds them unfit; if `teacher` and no stage stores one.
+    """
+    set_up_logging()
+    prepare_stages(config, build_tokenizer(config), console, workers=workers, teacher=teacher, check=check)
+
+
+def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Run every task, print tables, and return the figures by task name.
+
+    Args:
+        config: With `model.path` and `evaluation`.
+        out: Folder for `results.json`, `metrics.jsonl` and `samples/TASK.jsonl`, written while it works; what it holds
+            already is not done again. None: nothing is written.
+
+    Raises:
+        ValueError: If `out` holds results of another model or of other settings.
+        SystemExit: With 128 + the number of the signal that stopped the work, once everything is written.
+    """
+    set_up_logging()
+    assert config.model.path is not None, "checked with the config"
+    folder = None if out is None else ResultFolder(out)
+    if folder is not None:
+        # What is computed does not depend on how many prompts are decoded together.
+        defaults = {
+            name: value for name, value in vars(task_defaults(config.evaluation)).items() if name != "batch_size"
+        }
+        settings = {
+            task.task_name(): {**dataclasses.asdict(task), "defaults": defaults} for task in config.evaluation.tasks
+        }
+        run_time = {name: getattr(config.model, name) for name in ("dtype", "attention_backend", "quantization")}
+        folder.open({**describe_model(config.model.path), **run_time, "tasks": settings})
+    with Preemption() as preemption:
+        tasks = build_tasks(config.evaluation)
+        model, tokenizer = _load_for_inference(config)
+        # The first Ctrl-C, too, lets what was generated be graded and written.
+        with Preemption((signal.SIGINT,)) as interrupt:
+            results = evaluate_tasks(
+                console,
+                tasks,
+                model,
+                tokenizer,
+                label=config.model.path,
+                folder=folder,
+                time_limit_s=config.evaluation.time_limit_s,
+                should_stop=lambda: preemption.is_preempted() or interrupt.is_preempted(),
+            )
+    exit_code = preemption.exit_code or interrupt.exit_code
+    if exit_code is not None:
+        log.warning("stopped by a signal; with --out the same command goes on from here")
+        raise SystemExit(exit_code)
+    return results
+
+
+def generate(config: Config, prompts: list[str]) -> list[str]:
+    """Print what a model answers to each prompt, as a user's turn of its chat template; return the answers."""
+    set_up_logging()
+    model, tokenizer = _load_for_inference(config)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+    settings = config.evaluation
+    answers = generate_texts(
+        model,
+        tokenizer,
+        encoded["input_ids"],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        console.print(prompt, style="dim", highlight=False, markup=False)
+        console.print(answer.text, highlight=False, markup=False)
+        if not answer.finished:
+            log.warning("cut at --max-new-tokens %d", settings.max_new_tokens)
+    return [answer.text for answer in answers]
+
+
+def export(config: Config, out: Path, *, overwrite: bool = False) -> ExportReport:
+    """Write the model of `model.path` to a new folder, in the format and with the check that `export` names."""
+    set_up_logging()
+    model, tokenizer = _load_for_inference(config, device="cpu")
+    return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=overwrite)
+
+
+def _train(
+    config: Config,
+    stage: StageConfig,
+    folder: RunFolder,
+    model: DiffTransformerForCausalLM,
+    adapted: PeftModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    preemption: Preemption,
+) -> None:
+    """One stage, from its beginning or from where it was interrupted."""
+    seed_everything(stage.seed, verbose=False)
+    if stage.data.check:
+        check_quickly(stage)
+    data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
+    say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
+    resume_from = folder.resume_point(stage.name, config.resume)
+    if resume_from is not None:
+        log.info("resuming from %s", resume_from)
+    trainer = build_trainer(
+        config,
+        stage,
+        folder,
+        model,
+        tokenizer,
+        data,
+        preemption,
+        resume_step=None if resume_from is None else step_of(resume_from),
+        console=console,
+    )
+    require_divisible(stage.trainer.context_parallel_size, trainer.world_size)
+    replicas = trainer.world_size // stage.trainer.fsdp.tensor_parallel_size
+    module = build_module(stage, model, data, tokenizer, replicas, adapted=adapted)
+    trainer.fit(module, data, ckpt_path=resume_from)
+    if preemption.exit_code is None and trainer.is_global_zero:
+        folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))
+
+
+def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Export what the last stage came to, and show the accuracies of all stages."""
+    if config.export is not None:
+        checkpoint = folder.finished_checkpoint(stage)
+        source = f"{checkpoint.relative_to(folder.path)} of a difftune run"
+        out = folder.path / "export"
+        if config.adapter is not None and config.export.format == "auto":
+            save_trained_adapter(checkpoint, out, tokenizer=tokenizer, overwrite=True)
+            say(f"exported {out}: an adapter, in PEFT's format")
+        else:
+            model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
+            _export(config, model, tokenizer, out, source=source, overwrite=True)
+    table = accuracy_table(folder.path)
+    if table is not None:
+        console.print(table)
+    say(f"run folder: {folder.path}")
+
+
+def _load_finished(checkpoint: Path, *, is_adapter: bool) -> DiffTransformerForCausalLM:
+    """The model of a checkpoint; an adapter is merged, and its logits compared."""
+    if not is_adapter:
+        return load_model(checkpoint)
+    model, report = merge_adapter(load_with_base(checkpoint))
+    say(str(report))
+    return model
+
+
+def _export(
+    config: Config,
+    model: DiffTransformerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    source: str,
+    overwrite: bool,
+) -> ExportReport:
+    assert config.export is not None, "the command and the recipe set it"
+    name = config.export.format
+    if name == "auto":
+        name = "diffllama" if model.config.attention == "diff_v1" else "difftune"
+    report = export_model(model, tokenizer, out, name, verify=config.export.verify, overwrite=overwrite, source=source)
+    say(f"exported {report}")
+    return report
+
+
+def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every stage, on one model; on the meta device if the model is too large for this machine."""
+    too_large = False
+    if config.model.path is None:
+        architecture = fresh_architecture(config.model, tokenizer)
+        too_large = report_size(console, num_parameters(architecture), training_bytes(config, architecture))
+    model = build_model(config.model, tokenizer, config.seed, device="meta" if too_large else "cpu")
+    adapted = build_adapter(config, model)
+    if adapted is not None:
+        say(f"adapter: {describe_adapter(adapted)}")
+    for stage in config.resolved_stages():
+        stored = stage.distill.top_k is not None
+        data = build_data(stage, tokenizer, cache_dir=Path(config.run_dir) / "cache" if stored else None)
+        module = build_module(stage, model, data, tokenizer, adapted=adapted)
+        dry_run_stage(console, stage.name, data, module, build_tasks(stage.evaluation))
+
+
+def _load_for_inference(
+    config: Config, device: str | None = None
+) -> tuple[DiffTransformerForCausalLM, PreTrainedTokenizerBase]:
+    assert config.model.path is not None, "checked with the config"
+    dtype = getattr(torch, config.model.dtype)
+    model = load_model(config.model.path, dtype=dtype, attention_backend=config.model.attention_backend)
+    if config.model.quantization is not None:
+        log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
+    if device is None:
+        device = kind_of_device(config.trainer.accelerator)
+    model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
+    return model, build_tokenizer(config)
+
+
+def _end_of(stage: StageConfig) -> dict[str, Any]:
+    """What ends a stage; with another end it goes on."""
+    return {name: getattr(stage.trainer, name) for name in ("max_steps", "max_epochs", "max_time")}
