@@ -62,16 +62,16 @@ def call_of(way: Contender, case: Case, backward: bool) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(way.attend(*leaves), leaves, cotangent)
 
 
-def measure(kind: str, case: Case, args: argparse.Namespace, checked: set[Any]) -> list[dict[str, Any]]:
-    """Check every way, once for shapes of one kind, then time all of them in turn."""
+def measure(kind: str, case: Case, args: argparse.Namespace, checked: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Check every way, once for shapes of one kind, then time all of them in turn but those that failed."""
     # Else torch stops to compile after a few shapes, and measures what is not compiled.
     torch._dynamo.reset()
     ways = contenders(case, args.device == "cuda" and kind != "decode")
     backward = kind == "fwd+bwd"
     shape = (case.head_dim, case.heads // case.groups, kind == "decode")
     if shape not in checked:
-        check(case, ways, backward=kind != "decode")
-        checked.add(shape)
+        checked[shape] = check(case, ways, backward=kind != "decode")
+    ways = {name: way for name, way in ways.items() if name not in checked[shape]}
     calls = {name: call_of(way, case, backward) for name, way in ways.items()}
     timer = cuda_interleaved if args.device == "cuda" else interleaved
     seconds = timer(calls, args.rounds)
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    started, results, skipped, checked = time.monotonic(), [], [], set()
+    started, results, skipped, checked = time.monotonic(), [], [], {}
     for kind, case in cases(args):
         where = f"{kind} at {case.length}, d={case.head_dim}, {case.groups} groups"
         if time.monotonic() - started > args.budget_s:
@@ -163,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             skipped.append(f"{where}: out of memory")
         if args.device == "cuda":
             torch.cuda.empty_cache()
+    for (head_dim, ratio, decode), failed in checked.items():
+        shape = f"d={head_dim}, {ratio} heads a group{', decode' if decode else ''}"
+        skipped += [f"{name}, {shape}: {reason}" for name, reason in failed.items()]
     found = {
         "environment": environment("transformers", "flash-attn"),
         "copy_gb_per_s": copy_gb_per_s(args.device),

@@ -42,6 +42,12 @@ def require_close(name: str, actual: Any, expected: Any, tolerance: float) -> No
         )
 
 
+def in_one_line(error: BaseException) -> str:
+    """Kind and first line of an error, for a table that goes on without what failed."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, in turn, so that a slow spell of the machine hits all alike.
 

@@ -2,10 +2,10 @@
 
 python -m benchmarks.gpu [--budget-s 530] [--out benchmarks/results] [--toy]
 
-Needs nothing but the checkout and a Python with torch, transformers and lightning. Each part is a process of its own
-with a share of the time, so that one that hangs or crashes costs its part alone; the file is written after each of
-them, and says what was skipped. Speed is measured only if no test fails. `--toy` tries the command itself on the CPU,
-the kernels in Triton's interpreter.
+Needs nothing but the checkout and a Python with torch and transformers; without pytest the tests are skipped, which the
+file says. Each part is a process of its own with a share of the time, so that one that hangs or crashes costs its part
+alone; the file is written after each of them, and says what was skipped. Speed is measured only if no test fails.
+`--toy` tries the command itself on the CPU, the kernels in Triton's interpreter.
 """
 
 import argparse
@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="on the CPU, at sizes that take seconds")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.budget_s
+    if missing := [name for name in ("torch", "transformers") if not _has(name)]:
+        raise SystemExit(f"{sys.executable} has no {' and no '.join(missing)}; name one that has: make gpu PYTHON=...")
     found: dict[str, Any] = {"environment": environment("transformers", "lightning"), "toy": args.toy, "parts": {}}
     if not args.toy and not _has_cuda():
         raise SystemExit("no CUDA device here; `--toy` tries the command on the CPU")
@@ -95,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             left = deadline - time.monotonic()
             earlier = found["parts"].get("tests", {}).get("code", 0)
             part: dict[str, Any] = {}
-            if left < 10 or (name != "tests" and earlier not in (0, OUT_OF_TIME)):
-                part["skipped"] = "no time left" if left < 10 else "a test fails: no speed of a wrong result"
+            if reason := _why_skipped(name, left, earlier):
+                part["skipped"] = reason
                 print(f"{name}: skipped, {part['skipped']}", flush=True)
             else:
                 results = Path(folder) / f"{name}.json"
@@ -115,6 +117,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             target.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {target}")
     return int(any(part.get("code") for part in found["parts"].values()))
+
+
+def _why_skipped(part: str, left_s: float, tests_code: int) -> str | None:
+    """Why a part is not run; None where it is."""
+    if left_s < 10:
+        return "no time left"
+    if part == "tests":
+        without = "pytest is not installed; attention is compared with the equation before it is timed"
+        return None if _has("pytest") else without
+    return None if tests_code in (0, OUT_OF_TIME) else "a test fails: no speed of a wrong result"
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _has_cuda() -> bool:

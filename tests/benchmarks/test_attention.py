@@ -34,6 +34,37 @@ def test_nothing_is_printed_for_a_wrong_result(monkeypatch, capsys):
     assert "|" not in capsys.readouterr().out
 
 
+def failing(*leaves):
+    raise RuntimeError("no kernel fits\nof this GPU")
+
+
+def test_what_torch_cannot_compile_is_named_and_the_rest_measured(monkeypatch, capsys):
+    monkeypatch.setattr(
+        attention,
+        "contenders",
+        lambda case, compiled: {
+            **contenders.contenders(case, compiled=False),
+            "FlexAttention, d_v = 2 d": contenders.Contender(contenders._ours_layout, failing),
+        },
+    )
+    monkeypatch.setattr(contenders, "_flex", lambda length: failing)
+    found = attention.main([*SMALL, "--passes", "fwd+bwd"])
+    assert found["skipped"] == [
+        f"FlexAttention, d_v = 2 d, d=8, {ratio} heads a group: RuntimeError: no kernel fits" for ratio in (1, 2)
+    ]
+    assert {result["what"] for result in found["results"]} == {"DiffLlama", "difftune sdpa", contenders.VANILLA}
+    assert "skipped: FlexAttention" in capsys.readouterr().out
+
+
+def test_an_error_of_ours_is_no_skip(monkeypatch):
+    monkeypatch.setattr(
+        contenders, "_ours", lambda backend, right=contenders._ours: failing if backend == "sdpa" else right(backend)
+    )
+    monkeypatch.setattr(contenders, "backends", lambda case: ["sdpa"])
+    with pytest.raises(RuntimeError, match="no kernel fits"):
+        attention.main(SMALL)
+
+
 def test_what_does_not_fit_the_budget_is_named(capsys):
     found = attention.main([*SMALL, "--budget-s", "-1"])
     assert not found["results"] and len(found["skipped"]) == 6

@@ -48,3 +48,22 @@ def test_without_a_gpu_the_trial_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_has_cuda", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device here; `--toy` tries the command"):
         gpu.main(["--out", str(tmp_path)])
+
+
+def test_without_pytest_speed_is_measured_and_the_file_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "_has", lambda package: package != "pytest")
+    monkeypatch.setattr(gpu, "run_part", lambda command, timeout_s, toy: (0, "measured"))
+    assert gpu.main(["--toy", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    parts = json.loads(file.read_text())["parts"]
+    assert parts["tests"] == {
+        "skipped": "pytest is not installed; attention is compared with the equation before it is timed"
+    }
+    assert parts["attention"]["last_lines"] == parts["step"]["last_lines"] == ["measured"]
+    assert "tests: skipped, pytest is not installed" in capsys.readouterr().out
+
+
+def test_a_python_without_torch_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "_has", lambda package: package != "torch")
+    with pytest.raises(SystemExit, match=r"has no torch; name one that has: make gpu PYTHON=\.\.\."):
+        gpu.main(["--out", str(tmp_path)])

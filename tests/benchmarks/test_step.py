@@ -30,3 +30,13 @@ def test_nothing_is_printed_for_a_wrong_loss(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="difftune sdpa is wrong: loss nan"):
         step.main(ARGUMENTS)
     assert "|" not in capsys.readouterr().out
+
+
+def test_what_torch_cannot_compile_is_named_and_the_rest_measured(monkeypatch):
+    def failing(model, **options):
+        raise RuntimeError("no kernel fits\nof this GPU")
+
+    monkeypatch.setattr(step.torch, "compile", failing)
+    found = step.main([*ARGUMENTS, "--compile"])
+    assert found["skipped"] == ["DiffLlama, compiled: RuntimeError: no kernel fits"]
+    assert [result["what"] for result in found["results"]] == ["DiffLlama", "DiffLlama, patched: sdpa", "difftune sdpa"]

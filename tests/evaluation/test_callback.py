@@ -21,6 +21,7 @@ from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.math import MathTask
 from tests.clock import Clock
 from tests.evaluation.scripted import tiny_model
+from tests.ranks import run_ranks
 
 TOKENIZER = build_tokenizer("digits")
 
@@ -304,33 +305,9 @@ def test_a_resumed_run_goes_on_with_its_schedule(tmp_path: Path) -> None:
     assert steps(first) + steps(second) == steps(straight)
 
 
-@pytest.mark.skipif(torch.cuda.is_initialized(), reason="forks, which a process that uses a GPU must not")
 def test_ranks_share_the_work_and_agree_on_stopping(tmp_path: Path) -> None:
     """Two processes: at step 4 one of them is told to stop while it evaluates; neither may wait for ever."""
-
-    class OnEachRank(Training):
-        def on_train_end(self) -> None:
-            report = {"steps": steps(self), "stopped": self.trainer.should_stop, "results": list(evaluation.results)}
-            (tmp_path / f"rank-{self.global_rank}.json").write_text(json.dumps(report))
-
-    def should_stop() -> bool:
-        trainer = evaluation_trainer[0]
-        return trainer.global_rank == 1 and trainer.global_step >= 4
-
-    class Remember(Callback):
-        def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-            evaluation_trainer.append(trainer)
-
-        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            trainer.should_stop = trainer.global_step >= 4
-
-    evaluation_trainer: list[Trainer] = []
-    evaluation = ScheduledEvaluation(
-        [FakeTask(size=5)], TOKENIZER, every_n_steps=2, samples_dir=tmp_path / "samples", should_stop=should_stop
-    )
-    module = OnEachRank(nn.Linear(1, 1))
-    module.training_step = lambda batch, batch_idx: module.model(torch.ones(1, 1)).sum()  # type: ignore[method-assign]
-    fit(evaluation, tmp_path, module, callbacks=[Remember()], devices=2, strategy="ddp_fork")
+    run_ranks("tests.evaluation.callback_ranks", str(tmp_path))
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert reports == [{"steps": [0, 2], "stopped": True, "results": [0, 2]}] * 2
     lines = (tmp_path / "samples" / "main-2.jsonl").read_text(encoding="utf-8").splitlines()
