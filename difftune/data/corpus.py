@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from difftune.data.chat import Encoded
-from difftune.data.packing import pack_best_fit
+from difftune.data.packing import Rows, one_a_row, pack_best_fit
 from difftune.data.tokenized import Counts, TokenizedSet
 from difftune.data.upsampling import Upsampling
 
@@ -60,7 +60,7 @@ class Corpus:
         """A kept document, cut to the limit."""
         return self._whole(int(self._kept[index])).first(self.seq_len)
 
-    def rows(self, rng: np.random.Generator | None, *, packing: bool) -> list[list[int]]:
+    def rows(self, rng: np.random.Generator | None, *, packing: bool) -> Rows:
         """The documents of each row, in the order in which rows are trained on.
 
         Args:
@@ -69,10 +69,10 @@ class Corpus:
         """
         order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
         if not packing:
-            return [[index] for index in order.tolist()]
+            return one_a_row(order)
         rows = pack_best_fit(self.lengths, order, self.seq_len)
         # The longest documents are packed first: without this an epoch would run from long to short.
-        return rows if rng is None else [rows[row] for row in rng.permutation(len(rows))]
+        return rows if rng is None else rows.taken(rng.permutation(len(rows)))
 
     def questions(self) -> np.ndarray:
         """uint64, shape [kept]: the `question_key` of each document."""
