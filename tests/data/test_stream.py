@@ -1,3 +1,5 @@
+import hashlib
+import json
 from itertools import islice
 
 import numpy as np
@@ -9,7 +11,7 @@ from difftune.data.corpus import Corpus
 from difftune.data.sources import Source
 from difftune.data.stream import BatchStream, RowStream, interleave
 from difftune.data.token_cache import load_tokenized
-from difftune.data.tokenized import TokenizedSet
+from difftune.data.tokenized import Counts, TokenizedSet
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,18 @@ def test_start_anywhere_gives_exactly_the_rest(data, known, blocks):
     rows = row_stream(data, blocks=blocks, max_epochs=3, rows_per_epoch=per_epoch if known else None)
     for start in (1, per_epoch - 1, per_epoch, per_epoch + 7, 2 * per_epoch + 1, len(whole), len(whole) + 5):
         assert documents(rows.rows_from(start), 10**6) == whole[start:]
+
+
+@pytest.mark.parametrize(("packing", "expected"), [(True, "b0eca118998dd3d3"), (False, "29664d81b5a071da")])
+def test_rows_of_a_seed_are_what_they_always_were(packing, expected):
+    """A run that was begun with an earlier version goes on with the rows that it would have had."""
+    offsets = np.cumsum([0, *(1 + n * 37 % 61 for n in range(500))], dtype=np.int64)
+    numbers = np.zeros(500, np.int64)
+    words = TokenizedSet(
+        "x", np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], np.bool_), offsets, numbers, numbers, Counts()
+    )
+    rows = documents(row_stream(words, packing=packing, max_epochs=3).rows_from(0), 10**6)
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == expected
 
 
 def test_seed_decides_the_order(data):
