@@ -43,7 +43,7 @@ class Corpus:
         self.counts = sum((part.counts for part in sets), Counts())
         self.seq_len = seq_len
         self.lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in sets)])
-        self.label_counts = np.concatenate([np.empty(0, np.int64), *(_label_counts(part) for part in sets)])
+        self.label_counts = np.concatenate([np.empty(0, np.int64), *(part.label_counts for part in sets)])
         self.longest = int(self.lengths.max(initial=0))
         self._kept = np.arange(len(self.lengths))
         self.truncated = self.lost_to_length = 0
@@ -81,10 +81,12 @@ class Corpus:
 
     def ends_in(self, token: int) -> int:
         """How many documents end in this token."""
-        last = [
-            part.ids[part.offsets[:-1] + np.minimum(part.lengths, self.seq_len) - 1] == token for part in self._sets
-        ]
-        return int(np.concatenate([np.empty(0, np.bool_), *last])[self._kept].sum())
+        last = np.concatenate([np.empty(0, np.int32), *(part.last_ids for part in self._sets)])
+        if self.truncated:
+            for part, first in zip(self._sets, self._first.tolist(), strict=False):
+                cut = np.flatnonzero(part.lengths > self.seq_len)
+                last[first + cut] = part.ids[part.offsets[cut] + self.seq_len - 1]
+        return int(np.count_nonzero(last[self._kept] == token))
 
     def _whole(self, index: int) -> Encoded:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -124,9 +126,3 @@ class Corpus:
             self.counts.dropped[reason] = lost
         self._kept = np.flatnonzero(keep)
         self.lengths, self.label_counts = self.lengths[keep], self.label_counts[keep]
-
-
-def _label_counts(part: TokenizedSet) -> np.ndarray:
-    if not len(part):
-        return np.empty(0, np.int64)
-    return np.add.reduceat(part.learned, part.offsets[:-1], dtype=np.int64)
