@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from difftune.data.chat import Encoded
-from difftune.data.packing import pack_best_fit
+from difftune.data.packing import Rows, one_a_row, pack_best_fit
 from difftune.data.tokenized import Counts, TokenizedSet
 from difftune.data.upsampling import Upsampling
 
@@ -43,7 +43,7 @@ class Corpus:
         self.counts = sum((part.counts for part in sets), Counts())
         self.seq_len = seq_len
         self.lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in sets)])
-        self.label_counts = np.concatenate([np.empty(0, np.int64), *(_label_counts(part) for part in sets)])
+        self.label_counts = np.concatenate([np.empty(0, np.int64), *(part.label_counts for part in sets)])
         self.longest = int(self.lengths.max(initial=0))
         self._kept = np.arange(len(self.lengths))
         self.truncated = self.lost_to_length = 0
@@ -60,7 +60,7 @@ class Corpus:
         """A kept document, cut to the limit."""
         return self._whole(int(self._kept[index])).first(self.seq_len)
 
-    def rows(self, rng: np.random.Generator | None, *, packing: bool) -> list[list[int]]:
+    def rows(self, rng: np.random.Generator | None, *, packing: bool) -> Rows:
         """The documents of each row, in the order in which rows are trained on.
 
         Args:
@@ -69,10 +69,10 @@ class Corpus:
         """
         order = np.arange(len(self)) if rng is None else rng.permutation(len(self))
         if not packing:
-            return [[index] for index in order.tolist()]
+            return one_a_row(order)
         rows = pack_best_fit(self.lengths, order, self.seq_len)
         # The longest documents are packed first: without this an epoch would run from long to short.
-        return rows if rng is None else [rows[row] for row in rng.permutation(len(rows))]
+        return rows if rng is None else rows.taken(rng.permutation(len(rows)))
 
     def questions(self) -> np.ndarray:
         """uint64, shape [kept]: the `question_key` of each document."""
@@ -81,10 +81,12 @@ class Corpus:
 
     def ends_in(self, token: int) -> int:
         """How many documents end in this token."""
-        last = [
-            part.ids[part.offsets[:-1] + np.minimum(part.lengths, self.seq_len) - 1] == token for part in self._sets
-        ]
-        return int(np.concatenate([np.empty(0, np.bool_), *last])[self._kept].sum())
+        last = np.concatenate([np.empty(0, np.int32), *(part.last_ids for part in self._sets)])
+        if self.truncated:
+            for part, first in zip(self._sets, self._first.tolist(), strict=False):
+                cut = np.flatnonzero(part.lengths > self.seq_len)
+                last[first + cut] = part.ids[part.offsets[cut] + self.seq_len - 1]
+        return int(np.count_nonzero(last[self._kept] == token))
 
     def _whole(self, index: int) -> Encoded:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -124,9 +126,3 @@ class Corpus:
             self.counts.dropped[reason] = lost
         self._kept = np.flatnonzero(keep)
         self.lengths, self.label_counts = self.lengths[keep], self.label_counts[keep]
-
-
-def _label_counts(part: TokenizedSet) -> np.ndarray:
-    if not len(part):
-        return np.empty(0, np.int64)
-    return np.add.reduceat(part.learned, part.offsets[:-1], dtype=np.int64)

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from difftune.data.corpus import OVERLONG, Corpus
+from difftune.data.row_cache import RowCache
 from difftune.data.sources import Source
 from difftune.data.statistics import DataStatistics, count_corpus
-from difftune.data.stream import BatchStream, RowStream, interleave, order_rng
+from difftune.data.stream import BatchStream, RowStream, interleave
 from difftune.data.teacher_store import TeacherSettings, with_teacher
 from difftune.data.token_cache import load_tokenized
 from difftune.data.tokenized import PIECE_ROWS, TokenizedSet, question_key, tokenize_pieces
@@ -57,7 +58,8 @@ class SFTDataModule(pl.LightningDataModule):
         shuffle: A new order each epoch. False: the order of the sources (packing sorts by length).
         seed: Of the order.
         num_workers: Processes that make batches. The order does not depend on it.
-        cache_dir: Folder for tokenised sources. None: tokenise anew each time. Not used when streaming.
+        cache_dir: Folder for tokenised sources and the rows of epochs. None: all is made anew and in memory. Not used
+            when streaming.
         max_epochs: Passes over the data. None: endless.
         accumulate_grad_batches: Batches of an optimiser step; only `total_steps` looks at it.
         teacher: What was stored of a teacher, to be brought with each batch. None: nothing is.
@@ -128,6 +130,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._context_parallel_size = context_parallel_size
         self._upsampling = upsampling
         self._corpus: Corpus | None = None
+        self._row_cache = None if streaming else RowCache(cache_dir)
         # Where the stream was entered: global rows, and the batches that Lightning had counted there.
         self._start_row = 0
         self._start_batch = 0
@@ -160,10 +163,9 @@ class SFTDataModule(pl.LightningDataModule):
                     for part, source in zip(sets, self._sources, strict=True)
                 ]
             corpus = self._corpus_of(sets)
-        rng = order_rng(self._seed, 0, 0) if self._shuffle else None
         stats = count_corpus(
             corpus,
-            corpus.rows(rng, packing=self._packing),
+            self._row_stream(None).rows_of(corpus, 0, 0),
             packing=self._packing,
             micro_batch_size=self._micro_batch_size,
             eos_id=self._eos_id,
@@ -211,7 +213,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.prepare()
         rank, world_size = self._rank_and_world_size()
         stream = BatchStream(
-            self._row_stream(),
+            self._row_stream(self.stats.batch_rows),
             start_row=self._start_row,
             micro_batch_size=self._micro_batch_size,
             rank=rank,
@@ -267,7 +269,7 @@ class SFTDataModule(pl.LightningDataModule):
             left out.
         """
         self.prepare()
-        row = next(islice(self._row_stream().rows_from(index), 1), None)
+        row = next(islice(self._row_stream(self.stats.batch_rows).rows_from(index), 1), None)
         if row is None:
             raise ValueError(f"there is no row {index}: the data have {self.stats.batch_rows} rows an epoch")
         corpus, documents = row
@@ -301,14 +303,15 @@ class SFTDataModule(pl.LightningDataModule):
         assert isinstance(pad, int), "build_tokenizer gives a padding token"
         return pad
 
-    def _row_stream(self) -> RowStream:
+    def _row_stream(self, rows_per_epoch: int | None) -> RowStream:
         return RowStream(
             blocks=self._blocks,
             packing=self._packing,
             shuffle=self._shuffle,
             seed=self._seed,
             max_epochs=self._max_epochs,
-            rows_per_epoch=None if self._streaming else self.stats.batch_rows,
+            rows_per_epoch=None if self._streaming else rows_per_epoch,
+            cache=self._row_cache,
         )
 
     def _blocks(self) -> Iterator[Corpus]:

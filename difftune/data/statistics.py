@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from difftune.data.corpus import Corpus
+from difftune.data.packing import Rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class DataStatistics:
 
 def count_corpus(
     corpus: Corpus,
-    rows: list[list[int]],
+    rows: Rows,
     *,
     packing: bool,
     micro_batch_size: int,
@@ -102,9 +103,9 @@ def count_corpus(
     if packing:
         width = len(rows) * corpus.seq_len
     else:
-        lengths = corpus.lengths[np.asarray(rows, dtype=np.int64).reshape(-1)]
-        batches = (lengths[start : start + micro_batch_size] for start in range(0, len(lengths), micro_batch_size))
-        width = sum(len(batch) * int(batch.max()) for batch in batches)
+        starts = np.arange(0, len(rows), micro_batch_size)
+        longest = np.maximum.reduceat(corpus.lengths[rows.documents], starts) if len(rows) else starts
+        width = int((longest * np.diff(starts, append=len(rows))).sum())
     return DataStatistics(
         rows_read=corpus.counts.rows_read,
         dropped=dict(corpus.counts.dropped),

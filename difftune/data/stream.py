@@ -16,6 +16,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from difftune.data.batches import Batch, packed_batch, padded_batch
 from difftune.data.corpus import Corpus
+from difftune.data.packing import Rows
+from difftune.data.row_cache import RowCache
 
 
 def order_rng(seed: int, epoch: int, block: int) -> np.random.Generator:
@@ -38,6 +40,21 @@ class RowStream:
     rows_per_epoch: int | None
     """Rows of an epoch where known beforehand: then a start in the middle costs nothing. None: blocks are
     counted again."""
+    cache: RowCache | None = None
+    """Keeps what `rows_of` made. None: it is made anew each time."""
+
+    def rows_of(self, corpus: Corpus, epoch: int, block: int) -> Rows:
+        """The rows of a block of an epoch, in the order in which they are trained on."""
+
+        def lay() -> Rows:
+            rng = order_rng(self.seed, epoch, block) if self.shuffle else None
+            return corpus.rows(rng, packing=self.packing)
+
+        if self.cache is None:
+            return lay()
+        seed = [self.seed, block] if self.shuffle else None
+        # Without a shuffle all epochs are the first.
+        return self.cache.rows(corpus.lengths, [seed, self.packing, corpus.seq_len], epoch if seed else 0, lay)
 
     def rows_from(self, start: int) -> Iterator[tuple[Corpus, list[int]]]:
         """Yield rows from number `start` on: a corpus, and the documents of it that make up the row."""
@@ -47,12 +64,13 @@ class RowStream:
                 return
             rows_of_epoch = 0
             for number, corpus in enumerate(self.blocks()):
-                rng = order_rng(self.seed, epoch, number) if self.shuffle else None
-                rows = corpus.rows(rng, packing=self.packing)
+                rows = self.rows_of(corpus, epoch, number)
                 rows_of_epoch += len(rows)
-                for documents in rows[skip:]:
-                    yield corpus, documents
+                for row in range(skip, len(rows)):
+                    yield corpus, rows[row]
                 skip = max(0, skip - len(rows))
+                # Not while the next are made.
+                del rows
             # Without this an endless stream over nothing would never return.
             if not rows_of_epoch:
                 raise ValueError("an epoch has no row: every row of the data was dropped")

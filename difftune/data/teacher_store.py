@@ -145,8 +145,9 @@ def store_teacher(
 
 
 def _to_score(tokens: TokenizedSet, settings: TeacherSettings, start: int, end: int) -> list[int]:
-    keep = settings.overlong != "drop"
-    return [n for n in range(start, end) if keep or tokens.lengths[n] <= settings.seq_len]
+    if settings.overlong != "drop":
+        return list(range(start, end))
+    return (start + np.flatnonzero(np.diff(tokens.offsets[start : end + 1]) <= settings.seq_len)).tolist()
 
 
 def _batches(lengths: np.ndarray, settings: TeacherSettings, start: int) -> Iterator[tuple[int, int]]:

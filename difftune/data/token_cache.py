@@ -10,6 +10,7 @@ goes on from there. The entry appears whole, by renaming.
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -114,7 +115,21 @@ def map_array(file: Path, dtype: Any, size: int) -> np.ndarray:
     if file.stat().st_size != size * np.dtype(dtype).itemsize:
         raise ValueError(f"{file.name} has {file.stat().st_size} bytes instead of {size} entries")
     # An empty file cannot be mapped.
-    return np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+    return Mapped(file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+
+
+class Mapped(np.memmap):
+    """An array in a file that goes to another process by its name: pickled as it is, all that is in it would."""
+
+    def __reduce__(self) -> Any:
+        # A part of it, or what was computed from it, goes as any array.
+        if self.filename is None or self.nbytes != Path(self.filename).stat().st_size:
+            return np.array(self).__reduce__()
+        return _map_again, (Path(self.filename), self.dtype, self.shape)
+
+
+def _map_again(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return map_array(file, dtype, math.prod(shape)).reshape(shape)
 
 
 class AppendedArrays:

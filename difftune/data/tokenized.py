@@ -20,6 +20,8 @@ ARRAYS = {
     "offsets": np.int64,
     "questions": np.uint64,
     "row_numbers": np.int64,
+    "label_counts": np.int64,
+    "last_ids": np.int32,
 }
 """Type of each array of a `TokenizedSet`."""
 
@@ -73,6 +75,10 @@ class TokenizedSet:
     """uint64, shape [documents]: `question_key` of each document's last user turn."""
     row_numbers: np.ndarray
     """int64, shape [documents]: the row of the source, from 1, that each document was."""
+    label_counts: np.ndarray
+    """int64, shape [documents]: labels of each document, so that counting them reads no tokens."""
+    last_ids: np.ndarray
+    """int32, shape [documents]: the last token of each."""
     counts: Counts
     teacher: StoredTeacher | None = None
     """What a teacher said to the documents, if that is stored and asked for."""
@@ -159,6 +165,8 @@ def _tokenize(
         offsets=np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64),
         questions=np.asarray([_question(example) for _, _, example in kept], dtype=np.uint64),
         row_numbers=np.asarray([number for number, _, _ in kept], dtype=np.int64),
+        label_counts=np.asarray([np.count_nonzero(document.learned) for document in documents], dtype=np.int64),
+        last_ids=np.asarray([document.ids[-1] for document in documents], dtype=np.int32),
         counts=counts,
     )
 

@@ -1,14 +1,16 @@
 import time
+import tracemalloc
+from bisect import bisect_left, insort
 
 import numpy as np
 import pytest
 
-from difftune.data.packing import pack_best_fit
+from difftune.data.packing import one_a_row, pack_best_fit
 
 
 def pack(lengths, capacity, order=None):
     lengths = np.asarray(lengths)
-    return pack_best_fit(lengths, np.arange(len(lengths)) if order is None else order, capacity)
+    return list(pack_best_fit(lengths, np.arange(len(lengths)) if order is None else order, capacity))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -40,6 +42,48 @@ def test_is_as_tight_as_best_fit_decreasing(seed):
     assert fill == sorted(sum(lengths[n] for n in row) for row in slow)
 
 
+def one_by_one(lengths, order, capacity):
+    """The same rows, a document at a time: of rows equally full the one that came to be so last takes the next."""
+    rows, rows_by_room, rooms = [], {}, []
+    for document in sorted(order.tolist(), key=lambda n: -lengths[n]):
+        at = bisect_left(rooms, lengths[document])
+        if at == len(rooms):
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[at]
+        rows[row].append(document)
+        if left := room - lengths[document]:
+            if left not in rows_by_room:
+                rows_by_room[left] = []
+                insort(rooms, left)
+            rows_by_room[left].append(row)
+    return rows
+
+
+# On both sides of the widths of integers that sort differently.
+@pytest.mark.parametrize("capacity", [1, 2, 7, 64, 256, 257, 65_536, 65_537, 2**33])
+@pytest.mark.parametrize("shortest", [1.0, 0.2])
+def test_rows_are_those_of_placing_one_document_after_another(capacity, shortest):
+    rng = np.random.default_rng(capacity)
+    for count in (1, 2, 50, 1500):
+        lengths = np.ceil(capacity * rng.uniform(0, shortest, count) ** 2).astype(np.int64).clip(1)
+        order = rng.permutation(count)
+        assert pack(lengths, capacity, order) == one_by_one(lengths.tolist(), order, capacity)
+
+
+def test_rows_in_another_order_are_the_same_rows():
+    rng = np.random.default_rng(0)
+    rows = pack_best_fit(rng.integers(1, 65, size=300), np.arange(300), 64)
+    order = rng.permutation(len(rows))
+    assert list(rows.taken(order)) == [rows[row] for row in order]
+    assert list(one_a_row(np.array([2, 0, 1]))) == [[2], [0], [1]]
+    assert list(pack_best_fit(np.empty(0, np.int64), np.arange(0), 64).taken(np.arange(0))) == []
+
+
 def test_takes_the_fullest_row_that_fits():
     assert [sorted(row) for row in pack([6, 5, 3, 4], 10)] == [[0, 3], [1, 2]]
 
@@ -66,6 +110,18 @@ def test_only_the_documents_asked_for_are_packed():
 def test_document_longer_than_a_row_is_an_error():
     with pytest.raises(ValueError, match="a document of 11 tokens does not fit a row of 10"):
         pack([3, 11], 10)
+
+
+def test_memory_is_some_integers_a_document():
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 200_000).astype(np.int64), 1, 2048)
+    order = np.arange(len(lengths))
+    tracemalloc.start()
+    rows = pack_best_fit(lengths, order, 2048)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # What is given back is a number a document, and the borders of the rows.
+    assert held < 8 * (len(lengths) + len(rows)) * 1.01 + 100_000
+    assert peak < 6 * 8 * len(lengths)
 
 
 def test_a_hundred_thousand_documents_take_seconds():

@@ -3,6 +3,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from difftune.data import token_cache, tokenized
+from difftune.data.corpus import Corpus
 from difftune.data.sources import Source
+from difftune.data.statistics import count_corpus
 from difftune.data.token_cache import AppendedArrays, cache_entry, content_hash, load_tokenized
 from difftune.data.tokenizers import build_tokenizer
 
@@ -213,3 +216,76 @@ def test_the_content_hash_is_that_of_the_tokens(source, digits, tmp_path):
         load_tokenized(source, tokenizer, tmp_path / folder)
         hashes.add(content_hash(cache_entry(source, tokenizer, tmp_path / folder)))
     assert len(hashes) == 2
+
+
+def test_mapped_arrays_go_to_another_process_by_name(source, digits, tmp_path):
+    data = load_tokenized(source, digits, tmp_path)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 5000 < data.ids.nbytes
+    again = pickle.loads(pickled)
+    assert same(again, data) and isinstance(again.ids, np.memmap)
+    table = data.ids[: len(data.ids) // 2 * 2].reshape(-1, 2)
+    for other in (data.ids[3:50], data.ids + 1, np.diff(data.offsets), table, data.ids[:0], data.ids.sum()):
+        assert np.array_equal(pickle.loads(pickle.dumps(other)), other)
+    whole = data.row_numbers.reshape(1, -1)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(whole, protocol))
+        assert isinstance(again, np.memmap) and np.array_equal(again, whole)
+
+
+LONG = 2**31 + 7
+
+
+@pytest.fixture
+def beyond_32_bits(source, digits, tmp_path) -> token_cache.TokenizedSet:
+    """A source of which two billion tokens in one document were tokenised before: files with a hole, and a journal."""
+    cache = tmp_path / "cache"
+    entry = cache_entry(source, digits, cache)
+    files = AppendedArrays(entry_building(entry), list(tokenized.ARRAYS))
+    for name, dtype in tokenized.ARRAYS.items():
+        files.append(
+            name, np.array([0, LONG] if name == "offsets" else [LONG] if name == "label_counts" else [3], dtype)
+        )
+    files.note({"rows": tokenized.PIECE_ROWS, "tokens": LONG, "documents": 1}, now=True)
+    files.close()
+    journal = json.loads((entry_building(entry) / "journal.json").read_text())
+    for name in ("ids", "learned"):
+        journal["bytes"][name] = LONG * np.dtype(tokenized.ARRAYS[name]).itemsize
+        os.truncate(entry_building(entry) / f"{name}.bin", journal["bytes"][name])
+    (entry_building(entry) / "journal.json").write_text(json.dumps(journal))
+    return load_tokenized(source, digits, cache)
+
+
+def entry_building(entry):
+    entry.parent.mkdir(exist_ok=True)
+    return entry.with_name(f"{entry.name}.building")
+
+
+def test_documents_behind_two_billion_tokens_are_themselves(beyond_32_bits, source, digits):
+    expected, skipped = load_tokenized(source, digits), tokenized.PIECE_ROWS
+    data = beyond_32_bits
+    assert len(data.ids) == LONG + int(expected.lengths[skipped:].sum()) > 2**31
+    assert data.lengths.tolist() == [LONG, *expected.lengths[skipped:].tolist()]
+    corpus = Corpus([expected, data], seq_len=64, overlong="drop")
+    assert corpus.longest == LONG and len(corpus) == 2 * len(expected) - skipped
+    rows = corpus.rows(np.random.default_rng(0), packing=True)
+    assert sorted(rows.documents.tolist()) == list(range(len(corpus)))
+    for index in (0, 700, len(expected), len(corpus) - 1):
+        of = index if index < len(expected) else index - len(expected) + skipped
+        assert corpus.document(index).ids.tolist() == expected.document(of).ids.tolist()
+        assert corpus.document(index).learned.tolist() == expected.document(of).learned.tolist()
+    stats = count_corpus(corpus, rows, packing=True, micro_batch_size=1, eos_id=digits.eos_token_id, complete=True)
+    assert stats.eos_share == 1 and stats.longest_row == LONG
+
+
+def test_documents_behind_two_billion_tokens_are_cut_where_others_are(beyond_32_bits, source, digits):
+    expected = Corpus([load_tokenized(source, digits)], seq_len=10, overlong="truncate")
+    corpus = Corpus([beyond_32_bits], seq_len=10, overlong="truncate")
+    skipped = tokenized.PIECE_ROWS
+    assert corpus.lengths.tolist() == [10, *expected.lengths[skipped:].tolist()]
+    assert corpus.label_counts.tolist() == [1, *expected.label_counts[skipped:].tolist()]
+    assert corpus.truncated > 500
+    last = [document.ids[-1] for document in map(corpus.document, range(len(corpus)))]
+    assert 0 < corpus.ends_in(digits.eos_token_id) == last.count(digits.eos_token_id) < len(corpus)
+    with pytest.raises(ValueError, match=f"{LONG} tokens do not fit seq_len=64"):
+        Corpus([beyond_32_bits], seq_len=64, overlong="raise")

@@ -24,6 +24,16 @@ def test_documents_are_the_rows_in_order(source, digits):
     assert data.questions[4] == question_key(" 4 + 1")
 
 
+def test_counts_of_documents_are_those_of_their_tokens(digits, tmp_path):
+    source = Source("synthetic:arithmetic", options={"count": 60})
+    for cache in (None, tmp_path):
+        data = load_tokenized(source, digits, cache)
+        documents = [data.document(n) for n in range(len(data))]
+        assert data.label_counts.tolist() == [int(document.learned.sum()) for document in documents]
+        assert data.last_ids.tolist() == [int(document.ids[-1]) for document in documents]
+        assert len(set(data.label_counts.tolist())) > 3
+
+
 def test_pieces_together_are_the_whole(source, digits):
     pieces = list(tokenize_pieces(source, digits, streaming=True))
     assert [piece.counts.rows_read for piece in pieces] == [512, 512, 178]
