@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "builder.__init__": {"builder.model", "builder.stage"},
     "builder.scale": {"checkpoints", "config", "environment", "modeling", "training"},
     "builder.on_policy": {"data", "evaluation"},
+    "builder.held_out": {"config", "data", "tasks"},
     "builder.distill": {"builder.on_policy", "checkpoints", "config", "data", "modeling", "training"},
     "builder.model": {"builder.scale", "checkpoints", "config", "data", "modeling"},
     "builder.stage": {
@@ -82,10 +83,10 @@ ARROWS: dict[str, set[str]] = {
     "commands.prepare": {
         "builder.__init__",
         "builder.distill",
+        "builder.held_out",
         "commands.dry_run",
         "config",
         "data",
-        "evaluation",
         "report",
         "run_folder",
         "training",

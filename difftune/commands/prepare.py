@@ -17,20 +17,20 @@ from difftune.builder import (
     build_data,
     build_model,
     build_module,
-    build_tasks,
     total_steps,
 )
 from difftune.builder.distill import build_teacher, teacher_settings
+from difftune.builder.held_out import held_out_problems
 from difftune.commands.dry_run import StepCost, measure_step
 from difftune.config import Config, StageConfig
 from difftune.data.chat import Encoded, TeacherRows
+from difftune.data.contamination import ProblemIndex
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.doctor import QUICK_ROWS, Finding, examine, refuse_faults
 from difftune.data.forecast import Forecast
 from difftune.data.sources import Source
 from difftune.data.teacher_store import store_teacher
 from difftune.data.token_cache import cache_entry, content_hash, load_tokenized
-from difftune.evaluation.math import MathTask
 from difftune.report.data_check import FILE_NAME, draw_data_check
 from difftune.run_folder import write_json
 from difftune.training.strategies import kind_of_device, named_devices
@@ -40,17 +40,25 @@ log = logging.getLogger(__name__)
 _HISTOGRAM_BINS = 24
 
 
-def check_quickly(stage: StageConfig) -> None:
+def check_quickly(stage: StageConfig, stages: Sequence[StageConfig]) -> None:
     """Look at the first rows of every source of a stage: faults are refused, the rest is warned of.
+
+    Args:
+        stage: Whose rows.
+        stages: All of the recipe: the problems that any of them measures on are looked for in the rows.
 
     Raises:
         ValueError: If a source would be learned wrongly.
     """
-    reports = [examine(Source(**vars(source)), {}, limit=QUICK_ROWS) for source in stage.data.train]
+    held_out = held_out_problems(one.evaluation for one in stages)
+    for name, reason in held_out.unread.items():
+        log.warning("the problems of %s were not looked for in the training data: %s", name, reason)
+    tests = ProblemIndex(held_out.questions)
+    reports = [examine(Source(**vars(source)), tests, limit=QUICK_ROWS) for source in stage.data.train]
     for report in reports:
         for finding in report.findings():
             if not finding.is_error:
-                log.warning("%s: %s", report.source, finding.text)
+                log.warning("%s, of its first %s rows: %s", report.source, f"{report.rows:,}", finding.text)
     refuse_faults(reports)
 
 
@@ -68,14 +76,16 @@ def prepare_stages(
     if teacher and not any(teacher_settings(stage) for stage in stages):
         raise ValueError("--teacher: no stage stores a teacher; set distill.teacher and distill.top_k")
     checks = []
+    if check:
+        held_out = held_out_problems([stage.evaluation for stage in stages], all_sets=True)
+        tests = ProblemIndex(held_out.questions)
+        console.print(held_out.text(tests), highlight=False, markup=False, soft_wrap=True)
     for stage in stages:
         console.rule(f"stage {stage.name}", align="left")
         cache_dir = Path(stage.data.cache_dir or Path(config.run_dir) / "cache")
         sources = [Source(**vars(source)) for source in stage.data.train]
         if check:
-            tasks = [task for task in build_tasks(stage.evaluation) if isinstance(task, MathTask)]
-            problems = {task.name: [problem.question for problem in task.problems] for task in tasks}
-            found = [examine(source, problems) for source in sources]
+            found = [examine(source, tests) for source in sources]
             for report in found:
                 console.print(report.text(), highlight=False, markup=False, soft_wrap=True)
             # Before hours of tokenising what nobody should train on.
@@ -92,7 +102,13 @@ def prepare_stages(
             checks[-1]["sources"] = [report.to_dict() for report in found]
     if check:
         path = Path(config.run_dir) / FILE_NAME
-        write_json(path, {"stages": checks})
+        sets = {
+            "looked_for": {name: len(asked) for name, asked in held_out.questions.items()},
+            "too_short": dict(tests.too_short),
+            "unread": held_out.unread,
+            "left_out": held_out.left_out,
+        }
+        write_json(path, {"stages": checks, "test_sets": sets})
         drawn = draw_data_check(path)
         console.print(f"wrote {path}" + (f" and {drawn}" if drawn else ""), highlight=False, soft_wrap=True)
 

@@ -215,7 +215,7 @@ def _train(
     """One stage, from its beginning or from where it was interrupted."""
     seed_everything(stage.seed, verbose=False)
     if stage.data.check:
-        check_quickly(stage)
+        check_quickly(stage, config.resolved_stages())
     data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
     say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
     resume_from = folder.resume_point(stage.name, config.resume)

@@ -145,18 +145,17 @@ class SourceReport:
         return Finding("truncated_traces", is_error, text)
 
 
-def examine(source: Source, problems: Mapping[str, Iterable[str]], *, limit: int | None = None) -> SourceReport:
+def examine(source: Source, tests: ProblemIndex, *, limit: int | None = None) -> SourceReport:
     """Look at the rows of a source.
 
     Args:
         source: What to read.
-        problems: The questions of each test set, by its name.
+        tests: The problems of test sets, to be looked for in the rows.
         limit: Rows to look at, the first ones. None: all.
 
     Raises:
         ValueError: If the source cannot be read, has no row, or a row does not fit its format.
     """
-    tests = ProblemIndex(problems)
     report: SourceReport | None = None
     seen: dict[int, set[int]] = {}
     for row in islice(read_rows(source, streaming=limit is not None), limit):

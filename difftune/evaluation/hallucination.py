@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.evaluation.answer_cache import AnswerCache, model_fingerprint
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.intervals import wilson_interval
-from difftune.evaluation.judges import Claim, Judge, JudgeUnavailableError
+from difftune.evaluation.judges import Claim, Judge, JudgeSilentError, JudgeUnavailableError
 from difftune.evaluation.task import Clock, ItemTask, mean, share, without_nan
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ class HallucinationTask(ItemTask[HallucinationSample]):
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError(f"evaluation task {self.name!r} has no document")
+        self._warned: Clock | None = None
 
     @property
     def num_items(self) -> int:
@@ -176,7 +177,7 @@ class HallucinationTask(ItemTask[HallucinationSample]):
     def run_block(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, indices: list[int], clock: Clock
     ) -> list[HallucinationSample]:
-        """Write texts and have them judged; what the judge does not answer is left for the next time."""
+        """Write texts and have them judged; what the judge does not answer is left for the next run."""
         written = self._write(model, tokenizer, indices, clock)
         samples = []
         for index, (text, finished) in written.items():
@@ -188,6 +189,14 @@ class HallucinationTask(ItemTask[HallucinationSample]):
                 log.warning("%s: no judgement, so the task stops here: %s", self.name, error)
                 clock.ring()
                 break
+            except JudgeSilentError as error:
+                if self._warned is not clock:  # a clock is that of one run: one warning is enough for all of it
+                    self._warned = clock
+                    text = (
+                        "%s: the judge gave no answer to text %s (%s): such texts do not count, the next run asks again"
+                    )
+                    log.warning(text, self.name, source.id, error)
+                continue
             samples.append(
                 HallucinationSample(
                     index=index,

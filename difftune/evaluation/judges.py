@@ -103,11 +103,20 @@ class Judge(Protocol):
         """For tables and samples."""
 
     def judge(self, claim: Claim, is_over: Callable[[], bool]) -> Judgement:
-        """A judgement; `is_over` is asked while waiting, and ends it by `JudgeUnavailableError`."""
+        """A judgement; `is_over` is asked while waiting, and ends it by `JudgeUnavailableError`.
+
+        Raises:
+            JudgeUnavailableError: If it cannot be reached now.
+            JudgeSilentError: If it was reached and does not answer this question.
+        """
 
 
 class JudgeUnavailableError(Exception):
     """The judge cannot be reached now; the same question may be asked later."""
+
+
+class JudgeSilentError(Exception):
+    """The judge was reached and gave no answer to this question; it may answer others, and this one another time."""
 
 
 def parse_conclusion(answer: str) -> str:
@@ -157,6 +166,7 @@ class EndpointJudge:
 
         Raises:
             JudgeUnavailableError: If no attempt reached it, or the time was over.
+            JudgeSilentError: If it answered with no text, or with a refusal; that is not kept.
             ValueError: If it refused the request, as with a wrong key or model.
         """
         request = self._request(claim)
@@ -191,7 +201,7 @@ class EndpointJudge:
                     raise ValueError(
                         f"the judge at {self.url} refuses the request ({problem}): check url, judge_model and the key"
                     ) from error
-            except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
         raise JudgeUnavailableError(f"{self.url} did not answer in {self.retries + 1} attempts ({problem})")
 
@@ -202,7 +212,23 @@ class EndpointJudge:
         address = f"{self.url.rstrip('/')}/chat/completions"
         asked = urllib.request.Request(address, json.dumps(request).encode(), headers)
         with urllib.request.urlopen(asked, timeout=self.timeout_s) as response:
-            return str(json.load(response)["choices"][0]["message"]["content"])
+            return _text_of(json.load(response))
+
+
+def _text_of(body: Any) -> str:
+    """The text of a chat completion; JudgeSilentError where it has none."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    shown = json.dumps(body, ensure_ascii=False)[:300]
+    if not isinstance(choices, list) or not choices:
+        raise JudgeSilentError(f"no choices in {shown}")
+    message = choices[0].get("message") if isinstance(choices[0], dict) else None
+    said = message if isinstance(message, dict) else {}
+    if said.get("refusal"):
+        raise JudgeSilentError(f"refused: {said['refusal']}")
+    content = said.get("content")
+    if not isinstance(content, str) or not content.strip():
+        raise JudgeSilentError(f"no text in {shown}")
+    return content
 
 
 @dataclass

@@ -22,6 +22,23 @@ from transformers import PreTrainedTokenizerBase
 from difftune.evaluation.answer_cache import model_fingerprint
 from difftune.evaluation.task import Clock, ItemTask, without_nan
 
+_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
+PAPER = {
+    name: {task: value for task, value in zip(_TASKS, values, strict=True) if value is not None}
+    for name, values in {
+        "DIFF 3B, 1T tokens": (37.8, 72.9, 69.0, 71.4, 29.0, 76.8, 67.1),
+        "OpenLLaMA-3B-v2, 1T tokens": (33.9, 67.6, 65.7, 70.0, 26.0, 76.7, 62.9),
+        "StableLM-base-alpha-3B-v2, 1T tokens": (32.4, 67.3, 64.6, 68.6, 26.4, 76.0, 62.1),
+        "StableLM-3B-4E1T, 1T tokens": (None, 66.6, None, None, None, 76.8, 63.2),
+        "DIFF 3B, 350B tokens": (33.0, 68.3, 60.1, 66.2, 27.6, 75.5, 62.7),
+        "Transformer 3B, 350B tokens": (32.2, 66.8, 62.9, 63.4, 26.2, 74.5, 61.6),
+        "DIFF 3B, 350B tokens, 5 shots": (35.0, 69.5, 67.2, 66.9, 27.6, 76.1, 63.8),
+        "Transformer 3B, 350B tokens, 5 shots": (34.0, 69.5, 65.3, 63.4, 25.0, 75.2, 62.6),
+    }.items()
+}
+"""Accuracy in per cent by model and task of the harness in the paper's Tables 1 and 8, zero-shot where not said. The
+paper does not say which of the harness's metrics (acc, acc_norm) it is."""
+
 INSTALL = "lm_eval tasks need the harness: pip install 'difftune[lm-eval]'"
 
 
@@ -74,7 +91,7 @@ class HarnessResult:
         }
 
     def tables(self) -> list[Table]:
-        """Every figure with its standard error."""
+        """Every figure with its standard error, and the paper's of the same tasks."""
         table = Table(title="lm-evaluation-harness", title_justify="left")
         for column in ("metric", "value", "standard error", "n"):
             table.add_column(column, justify="left" if column == "metric" else "right")
@@ -84,7 +101,21 @@ class HarnessResult:
                     error = sample.figures.get(f"{name}_stderr", math.nan)
                     shown = "-" if math.isnan(error) else f"{error:.4f}"
                     table.add_row(name, f"{value:.4f}", shown, str(sample.num_samples))
-        return [table] if self.samples else []
+        return [table, *self._paper()] if self.samples else []
+
+    def _paper(self) -> list[Table]:
+        known = [task for task in _TASKS if any(sample.task == task for sample in self.samples)]
+        if not known:
+            return []
+        table = Table(title="accuracy in the paper, zero-shot where not said", title_justify="left")
+        table.add_column("")
+        for task in known:
+            table.add_column(task, justify="right")
+        for model, values in PAPER.items():
+            if any(task in values for task in known):
+                cells = (f"{values[task] / 100:.3f}" if task in values else "-" for task in known)
+                table.add_row(f"paper: {model}", *cells, style="dim")
+        return [table]
 
 
 @dataclass

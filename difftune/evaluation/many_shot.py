@@ -76,9 +76,19 @@ class ShotFigures:
         return fmean(self.accuracies) if self.accuracies else float("nan")
 
     @property
+    def best(self) -> float:
+        """The best order; NaN where none was measured."""
+        return max(self.accuracies, default=float("nan"))
+
+    @property
+    def worst(self) -> float:
+        """The worst order; NaN where none was measured."""
+        return min(self.accuracies, default=float("nan"))
+
+    @property
     def margin(self) -> float:
         """Best minus worst order; NaN with fewer than two."""
-        return max(self.accuracies) - min(self.accuracies) if len(self.accuracies) > 1 else float("nan")
+        return self.best - self.worst if len(self.accuracies) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
@@ -111,13 +121,14 @@ class ManyShotResult:
         return 1 / self.classes
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy with the most demonstrations, and by their number; margins where there are several orders."""
+        """Accuracy with the most demonstrations, and by their number; of several orders the extremes and margins."""
         last = self.by_shots[-1] if self.by_shots else ShotFigures(0, [], 0)
         low, high = wilson_interval(last.accuracy, last.n) if last.accuracies else (0.0, 1.0)
         figures = {"accuracy": last.accuracy, "accuracy_low": low, "accuracy_high": high, "chance": self.chance}
         figures |= {f"accuracy_{shot.shots}": shot.accuracy for shot in self.by_shots}
         if self.orders > 1:
-            figures |= {"margin": last.margin, **{f"margin_{shot.shots}": shot.margin for shot in self.by_shots}}
+            figures |= {"best": last.best, "worst": last.worst, "margin": last.margin}
+            figures |= {f"margin_{shot.shots}": shot.margin for shot in self.by_shots}
         return {**figures, "n": float(last.n)}
 
     def row(self) -> dict[str, str]:
@@ -139,8 +150,7 @@ class ManyShotResult:
         for column in ("demonstrations", "mean", "best order", "worst order", "margin", "orders"):
             table.add_column(column, justify="right")
         for shot in self.by_shots:
-            best, worst = (max(shot.accuracies), min(shot.accuracies)) if shot.accuracies else (float("nan"),) * 2
-            cells = (share(value) for value in (shot.accuracy, best, worst, shot.margin))
+            cells = (share(value) for value in (shot.accuracy, shot.best, shot.worst, shot.margin))
             table.add_row(str(shot.shots), *cells, str(len(shot.accuracies)))
         paper = PAPER.get((self.name, self.order), {}) if self.orders > 1 else {}
         for kind, title in (("diff_v1", "DIFF 3B"), ("softmax", "Transformer 3B")):

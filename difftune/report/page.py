@@ -9,6 +9,8 @@ from pathlib import Path
 
 from difftune.report.compare import Comparison, Group, compare_runs, group_runs, same_text, shown_name
 from difftune.report.curves import evaluation_charts, lambda_charts, loss_charts, speed_charts
+from difftune.report.harness import harness_section
+from difftune.report.many_shot import many_shot_section
 from difftune.report.paper import paper_charts
 from difftune.report.probes import attention_section, bits_section, needle_section, nll_section, outlier_section
 from difftune.report.runs import KIND_NAMES, Run, differing_keys, load_run
@@ -54,10 +56,12 @@ def render_report(paths: Sequence[str | Path]) -> str:
         ("evaluations", "Evaluations during training", evaluation_charts(groups, styles)),
         ("lambda", "Lambda by layer", lambda_charts(groups)),
         ("needle", "Retrieval by depth and length", needle_section(groups)),
+        ("many-shot", "Many-shot learning", many_shot_section(groups, styles)),
         ("nll", "Likelihood by position", nll_section(groups, styles)),
         ("attention", "Attention to the answer and to the noise", attention_section(groups)),
         ("outliers", "Outliers of the activations", outlier_section(groups)),
         ("bits", "Attention logits in few bits", bits_section(groups, styles)),
+        ("harness", "Zero-shot tasks of the lm-evaluation-harness", harness_section(groups)),
         ("speed", "Speed and memory", speed_charts(groups, styles)),
         ("samples", "Samples", "".join(_samples(run) for run in runs)),
         ("recipes", "How the runs differ", _recipes(runs)),

@@ -17,11 +17,17 @@ OURS = {"diff": "diff_v1", "transformer": "softmax"}
 
 _NAMES = {"diff": "DIFF", "transformer": "Transformer"}
 _ORDERS = {
-    "fig7a_trec_random_order_seeds": "trec, random",
-    "fig7b_trec_alternate_by_class_seeds": "trec, alternating",
-    "fig11b_trecfine_seeds": "trec_fine, random",
-    "fig11c_banking77_seeds": "banking77, random",
-    "fig11d_clinic150_seeds": "clinic150, random",
+    ("trec", "random"): "fig7a_trec_random_order_seeds",
+    ("trec", "alternating"): "fig7b_trec_alternate_by_class_seeds",
+    ("trec_fine", "random"): "fig11b_trecfine_seeds",
+    ("banking77", "random"): "fig11c_banking77_seeds",
+    ("clinic150", "random"): "fig11d_clinic150_seeds",
+}
+_MANY_SHOT = {
+    "trec": "fig6a_trec",
+    "trec_fine": "fig6b_trecfine",
+    "banking77": "fig6c_banking77",
+    "clinic150": "fig6d_clinic150",
 }
 _CURVES = {
     "fig3a_loss_vs_params_B": ("Loss by size (Fig. 3a)", "billions of parameters", "loss"),
@@ -57,12 +63,38 @@ def paper_lines(name: str) -> list[Line]:
     ]
 
 
+def paper_orders(labelled_set: str, order: str) -> list[list[str]]:
+    """Model, number of orders, mean, best, worst and margin for a set and a kind of order; none if it has none."""
+    name = _ORDERS.get((labelled_set, order))
+    if name is None:
+        return []
+    rows = []
+    for model in _NAMES:
+        values = [value / 100 for _, value in paper_figures()[name][model]]
+        figures = (sum(values) / len(values), max(values), min(values), max(values) - min(values))
+        rows.append([_NAMES[model], str(len(values)), *(f"{value:.3f}" for value in figures)])
+    return rows
+
+
+def paper_many_shot(labelled_set: str) -> str:
+    """The paper's many-shot curves of a set as a chart; empty for a set that it does not have."""
+    return _curve(_MANY_SHOT[labelled_set]) if labelled_set in _MANY_SHOT else ""
+
+
+def paper_harness() -> tuple[list[str], dict[str, list[float | None]]]:
+    """Tasks of the zero-shot tables as the harness names them, and shares by model, the mean last; None: no figure."""
+    data = paper_figures()["table1_and_table8_harness"]
+    shares = {}
+    for model, values in data["models"].items():
+        mean = None if None in values else sum(values) / len(values)
+        shares[model] = [None if value is None else value / 100 for value in [*values, mean]]
+    return data["tasks"], shares
+
+
 def paper_charts() -> str:
     """All curves, and the heat maps of the retrieval, with their source."""
     data = paper_figures()
-    figures = [
-        figure(line_chart(paper_lines(name), x_label=x, y_label=y), title) for name, (title, x, y) in _CURVES.items()
-    ]
+    figures = [_curve(name) for name in _CURVES]
     needle = data["fig5_needle_8_of_which_1"]
     for model in ("diff", "transformer"):
         picture = heat_map(
@@ -77,10 +109,18 @@ def paper_charts() -> str:
     return f"<p>{escape(data['source'])} {note}</p>{grid(figures)}{_tables()}"
 
 
+def _curve(name: str) -> str:
+    title, x, y = _CURVES[name]
+    return figure(line_chart(paper_lines(name), x_label=x, y_label=y), title)
+
+
 def _tables() -> str:
-    """What the paper has as single figures: maths and hallucination by set, needles at 4K, orders of demonstrations."""
+    """What the paper has as single figures: zero-shot, maths and hallucination by set, needles at 4K, orders."""
     data = paper_figures()
-    parts = []
+    tasks, shares = paper_harness()
+    rows = [[model, *("-" if v is None else f"{v:.3f}" for v in values)] for model, values in shares.items()]
+    heads = ["", *tasks, "mean"]
+    parts = [f"<h3>lm-evaluation-harness, zero-shot where not said (Tables 1 and 8)</h3>{table_html(heads, rows)}"]
     for name, title in (
         ("fig10_math_by_set", "Maths by set after stage 2 (Fig. 10), accuracy"),
         ("section_3_6_hallucination", "Share of texts free of hallucination, judged by GPT-4o (section 3.6)"),
@@ -91,12 +131,7 @@ def _tables() -> str:
     heads = ["needles, queried", *(", ".join(map(str, pair)) for pair in needles["needles_and_queries"])]
     rows = [[_NAMES[m], *(f"{value:.2f}" for value in needles[m])] for m in _NAMES]
     parts.append(f"<h3>Retrieval at 4K (Table 2), accuracy</h3>{table_html(heads, rows)}")
-    rows = []
-    for name, title in _ORDERS.items():
-        for m in _NAMES:
-            values = [value / 100 for _, value in data[name][m]]
-            figures = (sum(values) / len(values), max(values), min(values), max(values) - min(values))
-            rows.append([title, _NAMES[m], *(f"{value:.3f}" for value in figures)])
-    heads = ["set, order", "", "mean", "best", "worst", "margin"]
+    rows = [[", ".join(which), *row] for which in _ORDERS for row in paper_orders(*which)]
+    heads = ["set, order", "", "orders", "mean", "best", "worst", "margin"]
     parts.append(f"<h3>Orders of the demonstrations (Fig. 7 and 11), accuracy</h3>{table_html(heads, rows)}")
     return "".join(parts)

@@ -15,7 +15,8 @@ from difftune.report.paper import paper_figures, paper_lines
 from difftune.report.runs import KIND_NAMES
 from difftune.report.style import Style
 
-_PAPER_NAMES = {"diff": "paper, DIFF 3B", "transformer": "paper, Transformer 3B"}
+PAPER_NAMES = {"diff": "paper, DIFF 3B", "transformer": "paper, Transformer 3B"}
+"""The paper's two models, as tables show them."""
 
 
 def needle_section(groups: Sequence[Group]) -> str:
@@ -35,7 +36,7 @@ def needle_section(groups: Sequence[Group]) -> str:
                 x_label="length in tokens",
                 y_label="depth",
             )
-            figures.append(figure(picture, f"{_title(group)}: {task}", f"{len(samples)} texts."))
+            figures.append(figure(picture, f"{group_title(group)}: {task}", f"{len(samples)} texts."))
     return grid(figures)
 
 
@@ -79,11 +80,11 @@ def attention_section(groups: Sequence[Group]) -> str:
     for task in tasks:
         rows = []
         for group in groups:
-            values = [_estimate(group, f"eval/{task}/{name}") for name in ("answer", "noise", "signal_to_noise")]
+            values = [group_estimate(group, f"eval/{task}/{name}") for name in ("answer", "noise", "signal_to_noise")]
             if any(values):
-                rows.append([_title(group), *("-" if value is None else str(value) for value in values)])
+                rows.append([group_title(group), *("-" if value is None else str(value) for value in values)])
         table = paper_figures()["table3_attention_by_depth"]
-        for model, title in _PAPER_NAMES.items():
+        for model, title in PAPER_NAMES.items():
             answer, noise = fmean(table[model]["answer"]), fmean(table[model]["noise"])
             rows.append([f"{title}, mean over depths", f"{answer:.3f}", f"{noise:.3f}", f"{answer / noise:.3g}"])
         parts.append(f"<h3>{escape(task)}</h3>{table_html(['', 'answer', 'noise', 'signal to noise'], rows, paper=2)}")
@@ -117,7 +118,7 @@ def _maps(groups: Sequence[Group]) -> str:
         where = ", ".join(map(str, maps["answer"]))
         caption = f"{head}{lam}; the answer is in column {where}, the last row is the query."
         blocks.append(
-            f'<div><h3>{escape(_title(group))}: {escape(run.name)}</h3><div class="maps">{pictures}</div>'
+            f'<div><h3>{escape(group_title(group))}: {escape(run.name)}</h3><div class="maps">{pictures}</div>'
             f"<figcaption>{escape(caption)}</figcaption></div>"
         )
     if not blocks:
@@ -134,10 +135,10 @@ def outlier_section(groups: Sequence[Group]) -> str:
         for what, title in (("logits", "attention logits"), ("hidden", "hidden states")):
             rows = []
             for group in groups:
-                values = [_estimate(group, f"eval/{task}/{what}_{rank}") for rank in table["ranks"]]
+                values = [group_estimate(group, f"eval/{task}/{what}_{rank}") for rank in table["ranks"]]
                 if any(values):
-                    rows.append([_title(group), *("-" if value is None else str(value) for value in values)])
-            rows += [[name, *(short(value, 4) for value in table[model][what])] for model, name in _PAPER_NAMES.items()]
+                    rows.append([group_title(group), *("-" if value is None else str(value) for value in values)])
+            rows += [[name, *(short(value, 4) for value in table[model][what])] for model, name in PAPER_NAMES.items()]
             heads = [title, *(rank.replace("_", " ") for rank in table["ranks"])]
             parts.append(table_html(heads, rows, paper=2))
     return "".join(parts)
@@ -158,11 +159,11 @@ def bits_section(groups: Sequence[Group], styles: dict[str, Style]) -> str:
         measured = "accuracy" if "accuracy" in measures else next(iter(measures))
         lines = []
         for group in groups:
-            means = [(bits, _estimate(group, name)) for bits, name in sorted(measures[measured].items())]
+            means = [(bits, group_estimate(group, name)) for bits, name in sorted(measures[measured].items())]
             points = [(float(bits), value.mean) for bits, value in means if value is not None]
             halves = [value.half for _, value in means if value is not None]
             style = styles[group.label]
-            lines.append(Line(_title(group), points, style.colour, style.dash, markers=True, halves=halves))
+            lines.append(Line(group_title(group), points, style.colour, style.dash, markers=True, halves=halves))
         chart = line_chart([line for line in lines if line.points], x_label="bits", y_label=measured)
         figures.append(figure(chart, task, "Mean over runs and its 95% interval. At 16 the logits are not rounded."))
     if not any(figures):
@@ -171,7 +172,8 @@ def bits_section(groups: Sequence[Group], styles: dict[str, Style]) -> str:
     return grid([*figures, figure(beside, "The paper: HellaSwag, 3B (Fig. 8)")])
 
 
-def _title(group: Group) -> str:
+def group_title(group: Group) -> str:
+    """The kind of attention in words, and what else tells the recipe from the others."""
     name = KIND_NAMES.get(group.kind, group.kind)
     return name if group.label == group.kind else f"{name} ({group.label.removeprefix(f'{group.kind}, ')})"
 
@@ -189,7 +191,8 @@ def _tasks_with(groups: Sequence[Group], *figures: str) -> list[str]:
     return list(tasks)
 
 
-def _estimate(group: Group, metric: str) -> Estimate | None:
+def group_estimate(group: Group, metric: str) -> Estimate | None:
+    """The last value of a metric over the runs of a group; None where no run has it."""
     values = [value for run in group.runs if (value := run.last(metric)) is not None]
     return estimate(values) if values else None
 

@@ -63,10 +63,10 @@ class ManyShotTaskConfig(TaskConfig):
         return self.name or self.set or self.kind
 
     def figures(self) -> list[str]:
-        """With the most demonstrations, by their number where it is given, and the margins."""
+        """With the most demonstrations, by their number where it is given; extremes and margins of several orders."""
         names = ["accuracy", *(f"accuracy_{shots}" for shots in self.shots)]
         if self.orders > 1:
-            names += ["margin", *(f"margin_{shots}" for shots in self.shots)]
+            names += ["best", "worst", "margin", *(f"margin_{shots}" for shots in self.shots)]
         return names
 
     def problems(self, defaults: Defaults) -> list[str]:

@@ -8,6 +8,7 @@ from difftune.config.field import key
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
+    from difftune.data.problems import Problem
     from difftune.evaluation.math import MathTask
 
 
@@ -62,28 +63,41 @@ class MathTaskConfig(TaskConfig):
             return []
         return ["num_shots: goes with shots_path, a source of worked answers; set both, or neither"]
 
-    def build(self, defaults: Defaults) -> "MathTask":
-        """The task with its problems."""
-        from difftune.data.math_sets import load_demonstrations, locate_math_set
+    def read(self, seed: int, limit: int | None) -> list["Problem"]:
+        """The problems of its set.
+
+        Args:
+            seed: Of the subset.
+            limit: Size of the subset. None: all.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        from difftune.data.math_sets import locate_math_set
         from difftune.data.problems import load_problems
-        from difftune.evaluation.math import MathTask
 
         where = locate_math_set(self.path, self.folder)
         assert where.path is not None, "refused by locate_math_set"
-        path = where.path
-        problems = load_problems(
-            path,
-            self.limit,
-            defaults.seed,
+        return load_problems(
+            where.path,
+            limit,
+            seed,
             format=where.format if self.format == "auto" else self.format,
             split=self.split or where.split,
             name=self.hub_name or where.hub_name,
             options=self.options,
         )
+
+    def build(self, defaults: Defaults) -> "MathTask":
+        """The task with its problems."""
+        from difftune.data.math_sets import load_demonstrations
+        from difftune.evaluation.math import MathTask
+
+        problems = self.read(defaults.seed, self.limit)
         shots = load_demonstrations(self.shots_path, self.num_shots) if self.shots_path else []
         asked = {problem.question for problem in problems}
         if seen := [question for question, _ in shots if question in asked]:
-            raise ValueError(f"{self.shots_path} shows the answer of a problem of {path}: {seen[0][:60]!r}")
+            raise ValueError(f"{self.shots_path} shows the answer of a problem of {self.path}: {seen[0][:60]!r}")
         return MathTask(
             name=self.task_name(),
             problems=problems,

@@ -130,6 +130,67 @@ def test_wrong_data_are_refused_by_the_check_and_before_a_run(tmp_path, write_js
     assert run.fit(load_config(None, [*wrong, "data.check=false", "data.seq_len=128", "trainer.max_steps=1"])) == 0
 
 
+REWORDED = "Please solve: " + TEST_PROBLEM.replace(" How many miles", " And so, how many miles")
+"""Not the question itself, but a long run of its words."""
+
+
+def contaminated(write_jsonl):
+    """Rows one of which asks what a test set asks, in a few other words; and the test set."""
+    row = make_row(7)
+    row["conversations"][0]["value"] = REWORDED
+    rows = write_jsonl([*(make_row(n) for n in range(1, 60)), row])
+    test = {"question": TEST_PROBLEM, "answer": "180"}
+    other = [{"question": f"What is {n} plus the square of {n}, minus one?", "answer": "1"} for n in range(3)]
+    return rows, test, other
+
+
+def test_a_run_warns_of_a_problem_that_its_data_have_in_other_words(tmp_path, write_jsonl, our_log):
+    rows, test, other = contaminated(write_jsonl)
+    tests = write_jsonl([test, *other], "tests.jsonl")
+    overrides = (
+        *MODEL,
+        *TRAIN,
+        "tokenizer=bytes",
+        f"data.train=[{{path: {rows}}}]",
+        "data.seq_len=512",
+        "model.max_position_embeddings=512",
+        "trainer.max_steps=1",
+        "evaluation.before=false",
+        f"run_dir={tmp_path / 'run'}",
+    )
+    # The stage that trains on the row measures nothing; the next one does, whatever the limit lets it see.
+    measured = f"{{name: second, evaluation: {{max_new_tokens: 1, tasks: [{{path: {tests}, limit: 1}}]}}}}"
+    assert run.fit(load_config(None, [*overrides, f"stages=[{{name: first}}, {measured}]"])) == 0
+    warned = [
+        record.getMessage() for record in our_log.records if "hold a problem of the test set" in record.getMessage()
+    ]
+    assert len(warned) == 2, "of each stage"
+    assert "of its first 60 rows: 1 rows hold a problem of the test set tests" in warned[0]
+
+
+def test_a_check_compares_with_all_eight_sets_and_says_which_it_could_not(tmp_path, capsys, write_jsonl, monkeypatch):
+    monkeypatch.setattr("difftune.commands.prepare._cost", lambda *unused: None)
+    rows, test, other = contaminated(write_jsonl)
+    write_jsonl(other, "gsm8k.jsonl")
+    write_jsonl([test, {"question": "1 + 1 = ?", "answer": "2"}], "asdiv.jsonl")
+    recipe = (*MODEL, *TRAIN, "tokenizer=bytes", f"data.train=[{{path: {rows}}}]", f"run_dir={tmp_path / 'run'}")
+    recipe += ("data.seq_len=512", "model.max_position_embeddings=512")
+    # One file is named, the other lies beside it.
+    tasks = f"[{{path: {tmp_path / 'gsm8k.jsonl'}, limit: 1}}, {{kind: needle, lengths: [64]}}]"
+    prepare(*recipe, f"evaluation.tasks={tasks}", check=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "looked for in the rows: gsm8k (3 problems), asdiv (2 problems, 1 too short)" in shown
+    assert "1 rows hold a problem of the test set asdiv" in shown
+    assert "warning not looked for: carp: no data set of the hub is known for carp: set folder" in shown
+    assert "warning not looked for: tabmwp: no file tabmwp.jsonl where the recipe has its sets, and no network" in shown
+    assert "not looked for: needle: problems of the kind needle are not compared" in shown
+    check = json.loads((tmp_path / "run" / "data_check.json").read_text())
+    sets = check["test_sets"]
+    assert sets["looked_for"] == {"gsm8k": 3, "asdiv": 2} and sets["too_short"] == {"asdiv": 1}
+    assert set(sets["unread"]) == {"math", "svamp", "mawps", "carp", "tabmwp", "college_math"}
+    assert set(sets["left_out"]) == {"needle"} and check["stages"][0]["sources"][0]["contaminated"] == {"asdiv": 1}
+
+
 def test_devices_that_share_rows_take_one_row_in_the_forecast(tmp_path, monkeypatch):
     monkeypatch.setattr("difftune.commands.prepare._cost", lambda *unused: None)
     steps = {}

@@ -26,3 +26,17 @@ def test_problems_that_turn_up_by_chance_are_left_out():
 
 def test_no_test_set_finds_nothing():
     assert ProblemIndex({}).found_in(LONG) == set()
+
+
+def test_problems_that_are_too_short_are_counted():
+    index = ProblemIndex({"svamp": ["Compute 3 + 4.", LONG], "math": [SHORT]})
+    assert dict(index.too_short) == {"svamp": 1}
+
+
+def test_a_run_is_found_anywhere_in_a_long_text_and_not_over_a_gap():
+    index = ProblemIndex({"gsm8k": [LONG]})
+    words = LONG.split()
+    filler = " ".join(f"filler{n}" for n in range(500))
+    assert index.found_in(f"{filler} {' '.join(words[4:17])} {filler}") == {"gsm8k"}
+    assert not index.found_in(f"{filler} {' '.join(words[4:16])} {filler}"), "one word less than a run"
+    assert not index.found_in(f"{' '.join(words[:8])} {filler} {' '.join(words[8:16])}")

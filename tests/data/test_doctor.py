@@ -2,6 +2,7 @@ r"""Every planted fault in rows with the columns of open-r1/OpenThoughts-114k-ma
 
 import pytest
 
+from difftune.data.contamination import ProblemIndex
 from difftune.data.doctor import examine, refuse_faults
 from difftune.data.sources import Source
 
@@ -48,7 +49,7 @@ def as_messages(n, answer):
 @pytest.fixture
 def look(write_jsonl):
     def examined(rows, format="auto", problems=None, **options):
-        return examine(Source(write_jsonl(rows), format=format), problems or {}, **options)
+        return examine(Source(write_jsonl(rows), format=format), ProblemIndex(problems or {}), **options)
 
     return examined
 

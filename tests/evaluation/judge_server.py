@@ -9,12 +9,12 @@ from typing import Any
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """`script` holds what comes next: an answer, or a number for an HTTP error; when it is empty, `answer`."""
+    """`script` holds what comes next: an answer, a number for an HTTP error, or a whole body; when empty, `answer`."""
 
     def __init__(self, answer: str = "It is. **Conclusion: True**") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
-        self.script: list[str | int] = []
+        self.script: list[str | int | dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
@@ -31,10 +31,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.server.keys.append(self.headers.get("Authorization"))
         step = self.server.script.pop(0) if self.server.script else self.server.answer
-        body = json.dumps({"choices": [{"message": {"content": step}}]}) if isinstance(step, str) else "no"
-        self.send_response(200 if isinstance(step, str) else step)
+        whole = {"choices": [{"message": {"content": step}}]} if isinstance(step, str) else step
+        self.send_response(step if isinstance(step, int) else 200)
         self.end_headers()
-        self.wfile.write(body.encode())
+        self.wfile.write(json.dumps(whole).encode())
 
     def log_message(self, *args: Any) -> None:
         pass

@@ -61,6 +61,27 @@ def test_a_dead_endpoint_loses_nothing(tmp_path, caplog, monkeypatch):
     assert sorted(sample.index for sample in samples) == [0, 1, 2, 3, 4]
 
 
+def test_a_judge_that_says_nothing_of_a_text_leaves_it_for_the_next_run(tmp_path, caplog):
+    silent = {"choices": [{"message": {"content": None, "refusal": "No."}}]}
+    with judge_server() as server:
+        server.script = [silent, "**Conclusion: True**", silent]
+        made = task(EndpointJudge(server.url, "m", cache=tmp_path / "j.jsonl"), cache=tmp_path / "t.jsonl")
+        with caplog.at_level(logging.WARNING):
+            samples = made.run(tiny_model(), TOKENIZER)
+        result = made.summarise(samples)
+        assert len(samples) == 3 and not result.complete and result.metrics()["unparsed"] == 0
+        (warned,) = (record.getMessage() for record in caplog.records)
+        assert warned.startswith("stories: the judge gave no answer to text ")
+        assert "(refused: No.): such texts do not count, the next run asks again" in warned
+        caplog.clear()
+        server.script = [silent]
+        with caplog.at_level(logging.WARNING):
+            samples = made.run(tiny_model(), TOKENIZER, done=samples)
+        assert len(samples) == 4 and len(server.requests) == 7 and len(caplog.records) == 1
+        samples = made.run(tiny_model(), TOKENIZER, done=samples)
+        assert made.summarise(samples).complete and len(server.requests) == 8
+
+
 def test_the_offline_judge_needs_no_network_and_says_its_name():
     made = task(SpanSupportJudge())
     result = made.summarise(made.run(tiny_model(), TOKENIZER))

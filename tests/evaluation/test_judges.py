@@ -3,6 +3,7 @@ import pytest
 from difftune.evaluation.judges import (
     Claim,
     EndpointJudge,
+    JudgeSilentError,
     JudgeUnavailableError,
     SpanSupportJudge,
     parse_conclusion,
@@ -83,6 +84,38 @@ def test_a_refusal_is_told_at_once():
         with pytest.raises(ValueError, match=r"refuses the request \(HTTP 401.*check url, judge_model and the key"):
             EndpointJudge(server.url, "m", wait_s=0.01).judge(SUMMARY, never)
         assert len(server.requests) == 1
+
+
+def choice(**message):
+    return {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (choice(content=None), "no text"),
+        (choice(content="  "), "no text"),
+        (choice(), "no text"),
+        (choice(content=None, refusal="I will not judge this."), "refused: I will not judge this."),
+        ({"choices": [{"message": None, "finish_reason": "content_filter"}]}, "no text.*content_filter"),
+        ({"choices": []}, "no choices"),
+        ({"choices": None}, "no choices"),
+        ({"error": {"message": "upstream is away"}}, "no choices.*upstream is away"),
+        (["what"], "no choices"),
+        ({"choices": ["what"]}, "no text"),
+        ({"choices": {"message": "what"}}, "no choices"),
+    ],
+)
+def test_an_answer_without_a_text_is_none_and_is_asked_for_again(body, reason, tmp_path):
+    cache = tmp_path / "judgements.jsonl"
+    with judge_server() as server:
+        server.script = [body]
+        with pytest.raises(JudgeSilentError, match=reason):
+            EndpointJudge(server.url, "m", cache=cache, wait_s=0.01).judge(SUMMARY, never)
+        assert len(server.requests) == 1, "the same question has the same answer today"
+        assert not cache.exists()
+        again = EndpointJudge(server.url, "m", cache=cache).judge(SUMMARY, never)
+        assert again.verdict == "true" and cache.read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation import lm_eval
-from difftune.evaluation.lm_eval import HarnessTask, figure_name
+from difftune.evaluation.lm_eval import HarnessResult, HarnessSample, HarnessTask, figure_name
 from tests.evaluation.own_task import CHOICES, write_own_task
 from tests.evaluation.scripted import tiny_model
 
@@ -104,3 +104,18 @@ def test_what_the_harness_does_not_know_is_refused(monkeypatch, folder):
 def test_figures_are_named_by_task_metric_and_filter():
     assert figure_name("arc", "acc,none") == "arc_acc" and figure_name("arc", "alias") is None
     assert figure_name("arc", "acc_norm_stderr,none") == "arc_acc_norm_stderr"
+
+
+def test_the_papers_figures_of_the_same_tasks_are_printed_beneath():
+    def printed(*tasks):
+        samples = [HarnessSample(n, task, {f"{task}_acc": 0.25}, 4) for n, task in enumerate(tasks)]
+        console = Console(record=True, width=100)
+        console.print(*HarnessResult(samples, len(tasks)).tables())
+        return console.export_text()
+
+    shown = printed("piqa", "boolq", "mmlu")
+    assert "boolq" in shown and "arc_easy" not in shown
+    lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if "paper: " in line}
+    assert lines["paper: DIFF 3B, 350B tokens"].split("│")[2:4] == [" 0.601 ", " 0.755 "]
+    assert lines["paper: StableLM-3B-4E1T, 1T tokens"].split("│")[2].strip() == "-" and len(lines) == 8
+    assert "paper" not in printed("mmlu")

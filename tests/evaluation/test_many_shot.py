@@ -106,6 +106,7 @@ def test_the_margin_is_that_of_a_model_whose_answers_hang_on_the_order(order: st
     expected = [1.0 if label == "cat" else pytest.approx(1 / 3) for label in last]
     assert result.by_shots[0].accuracies == expected and len(set(last)) > 1
     assert result.metrics()["margin"] == result.metrics()["margin_6"] == pytest.approx(2 / 3)
+    assert result.metrics()["best"] - result.metrics()["worst"] == pytest.approx(2 / 3)
     assert result.metrics()["accuracy"] == pytest.approx(sum(1 if label == "cat" else 1 / 3 for label in last) / 10)
     assert len(result.tables()) == 1
 
