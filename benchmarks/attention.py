@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             skipped.append(f"{where}: out of memory")
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    for (head_dim, ratio, decode), failed in checked.items():
-        shape = f"d={head_dim}, {ratio} heads a group{', decode' if decode else ''}"
+    for (head_dim, a_group, decode), failed in checked.items():
+        shape = f"d={head_dim}, {a_group} heads a group{', decode' if decode else ''}"
         skipped += [f"{name}, {shape}: {reason}" for name, reason in failed.items()]
     found = {
         "environment": environment("transformers", "flash-attn"),
