@@ -5,11 +5,14 @@ python -m benchmarks.evaluation_share [--recipe recipes/quickstart.yaml] [--step
 Each stage is trained for some steps as `difftune fit` trains it, which gives the time of a step; then its scheduled
 evaluation is run once. The share is what all evaluations of the recipe take, over that and all of its steps. A model
 after so few steps writes every answer to its limit, so the evaluation is the longest that it can be.
+
+Leaves with code 1 unless all evaluations together take less than 10% of the time.
 """
 
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +27,8 @@ from difftune.builder import build_data, build_model, build_module, build_tasks,
 from difftune.config import load_config
 from difftune.terminal import set_up_logging
 
+LIMIT = 0.10
+
 
 class _Clock(Callback):
     """When each optimiser step ended."""
@@ -35,7 +40,16 @@ class _Clock(Callback):
         self.ends.append(time.perf_counter())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def missed_limit(evaluation_s: float, training_s: float) -> str:
+    """What is said where evaluations take `LIMIT` of all the time or more; empty where they do not."""
+    share = ratio(evaluation_s, evaluation_s + training_s)
+    # NaN, of no time at all, misses too.
+    return (
+        "" if share < LIMIT else f"scheduled evaluation takes {share:.1%} of the time, under {LIMIT:.0%} are required"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "quickstart.yaml")
     parser.add_argument("--steps", type=int, default=60)
@@ -93,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"Scheduled evaluation of {args.recipe.name}; median step of {args.steps}; {machine(args.threads)}\n")
     print(table(["stage", "training, s", "evaluation, s", "share of the time"], rows))
+    missed = missed_limit(evaluation_s, training_s)
+    if missed:
+        print(missed)
+    return 1 if missed else 0
 
 
 def _evaluations(settings: Any, steps: int) -> int:
@@ -111,4 +129,4 @@ def _evaluations(settings: Any, steps: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,10 +5,15 @@ python -m benchmarks.generation [--prompts 16] [--batch-size 16] [--new-tokens 6
 The prompts are of unequal length, as problems are, and all texts have the same number of tokens. Greedy texts of both
 ways must be the same before any speed is printed. `one by one` has the cache too; `no cache` reads the whole text again
 for every token, which is what a plain loop over forward passes does.
+
+Leaves with code 1 if batches of 16 are less than 5 times as fast as one by one (median, any kind of attention).
+Batches of another size are not judged.
 """
 
 import argparse
 import random
+import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -21,6 +26,7 @@ from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 
 KINDS = ("diff_v1", "diff_v2", "softmax")
+REQUIRED, REQUIRED_BATCH = 5.0, 16
 
 
 def build(kind: str, hidden_size: int, layers: int) -> DiffTransformerForCausalLM:
@@ -58,7 +64,16 @@ def without_cache(model: DiffTransformerForCausalLM, prompts: Sequence[list[int]
     return texts
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def missed_limits(times: dict[str, float]) -> list[str]:
+    """A line for each kind of attention whose batches are not `REQUIRED` times as fast as one by one."""
+    return [
+        f"{kind}: batches are {found:.2f} times as fast, {REQUIRED:g} times one by one are required"
+        for kind, found in times.items()
+        if not found >= REQUIRED  # NaN, of a clock that was too coarse, misses too
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -78,17 +93,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"{machine(args.threads, 'transformers')}; {args.rounds} rounds in turn, median (range)\n", flush=True)
     header = ["attention", "way", "tokens/s", "times one by one"]
+    times: dict[str, float] = {}
     for kind in KINDS:
-        rows = measure(kind, args, tokenizer, prompts)
+        rows, times[kind] = measure(kind, args, tokenizer, prompts)
         lines = table([f"{name:<16}" for name in header], rows).splitlines()
         # As they come: all of it takes minutes.
         print("\n".join(lines if kind == KINDS[0] else lines[2:]), flush=True)
+    if min(args.batch_size, args.prompts) != REQUIRED_BATCH:
+        print(f"not judged: the limit is that of batches of {REQUIRED_BATCH}")
+        return 0
+    missed = missed_limits(times)
+    print("\n".join(missed), end="\n" if missed else "")
+    return 1 if missed else 0
 
 
 def measure(
     kind: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
-) -> list[list[str]]:
-    """The rows of one kind of attention, once all ways have written the same."""
+) -> tuple[list[list[str]], float]:
+    """The rows of one kind of attention, once all ways have written the same; how many times as fast batches are."""
     model, tokens = build(kind, args.hidden_size, args.layers), args.prompts * args.new_tokens
 
     def write(batch_size: int) -> list[str]:
@@ -115,8 +137,8 @@ def measure(
     for name, times in seconds.items():
         speed = spread([ratio(tokens, s) for s in times], 0)
         rows.append([kind, name, speed, spread(ratios(seconds["one by one"], times), 1)])
-    return rows
+    return rows, statistics.median(ratios(seconds["one by one"], seconds["batches"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
