@@ -16,8 +16,9 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from difftune.data.chat import Encoded, TeacherRows
+from difftune.data.mapped import map_array
 from difftune.data.sources import Source
-from difftune.data.token_cache import AppendedArrays, Progress, cache_entry, finish, map_array
+from difftune.data.token_cache import AppendedArrays, Progress, cache_entry, finish
 from difftune.data.tokenized import StoredTeacher, TokenizedSet
 
 DTYPES = ("float16", "float32")
@@ -83,9 +84,9 @@ def with_teacher(
     labels = json.loads((entry / "meta.json").read_bytes())["labels"]
     k = settings.top_k
     try:
-        indices = map_array(entry / "indices.bin", np.int32, labels * k).reshape(labels, k)
-        log_probs = map_array(entry / "log_probs.bin", settings.dtype, labels * k).reshape(labels, k)
-        log_tail = map_array(entry / "log_tail.bin", np.float32, labels)
+        indices = map_array(entry / "indices.bin", np.int32, labels * k, scattered=True).reshape(labels, k)
+        log_probs = map_array(entry / "log_probs.bin", settings.dtype, labels * k, scattered=True).reshape(labels, k)
+        log_tail = map_array(entry / "log_tail.bin", np.float32, labels, scattered=True)
         offsets = map_array(entry / "offsets.bin", np.int64, len(tokens) + 1)
     except (OSError, ValueError) as error:
         raise ValueError(f"{entry} is damaged ({error}): remove it and run difftune prepare --teacher again") from error

@@ -10,7 +10,6 @@ goes on from there. The entry appears whole, by renaming.
 import hashlib
 import json
 import logging
-import math
 import multiprocessing
 import os
 import shutil
@@ -27,8 +26,9 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from difftune.data.mapped import map_array
 from difftune.data.sources import Source, fingerprint
-from difftune.data.tokenized import ARRAYS, Counts, Piece, TokenizedSet, read_pieces
+from difftune.data.tokenized import ARRAYS, OF_TOKENS, Counts, Piece, TokenizedSet, read_pieces
 from difftune.data.tokenizers import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -98,38 +98,13 @@ def open_entry(entry: Path, source: str) -> TokenizedSet | None:
         meta = json.loads((entry / "meta.json").read_bytes())
         counts = Counts(meta["rows_read"], Counter(meta["dropped"]), meta["unknown_tokens"])
         arrays: dict[str, Any] = {
-            name: map_array(entry / f"{name}.bin", dtype, meta["sizes"][name]) for name, dtype in ARRAYS.items()
+            name: map_array(entry / f"{name}.bin", dtype, meta["sizes"][name], scattered=name in OF_TOKENS)
+            for name, dtype in ARRAYS.items()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the cache entry %s is damaged (%s) and is built again", entry, error)
         return None
     return TokenizedSet(source=source, counts=counts, **arrays)
-
-
-def map_array(file: Path, dtype: Any, size: int) -> np.ndarray:
-    """A flat array mapped from disk.
-
-    Raises:
-        ValueError: If the file has another size.
-    """
-    if file.stat().st_size != size * np.dtype(dtype).itemsize:
-        raise ValueError(f"{file.name} has {file.stat().st_size} bytes instead of {size} entries")
-    # An empty file cannot be mapped.
-    return Mapped(file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
-
-
-class Mapped(np.memmap):
-    """An array in a file that goes to another process by its name: pickled as it is, all that is in it would."""
-
-    def __reduce__(self) -> Any:
-        # A part of it, or what was computed from it, goes as any array.
-        if self.filename is None or self.nbytes != Path(self.filename).stat().st_size:
-            return np.array(self).__reduce__()
-        return _map_again, (Path(self.filename), self.dtype, self.shape)
-
-
-def _map_again(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    return map_array(file, dtype, math.prod(shape)).reshape(shape)
 
 
 class AppendedArrays:

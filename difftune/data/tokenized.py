@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.data.chat import Encoded, TeacherRows, encode_examples
 from difftune.data.formats import Dropped, Example, Format, read_example, resolve_format
+from difftune.data.mapped import part
 from difftune.data.sources import Row, Source, read_rows
 
 PIECE_ROWS = 512
@@ -24,6 +25,8 @@ ARRAYS = {
     "last_ids": np.int32,
 }
 """Type of each array of a `TokenizedSet`."""
+OF_TOKENS = ("ids", "learned")
+"""Those with an entry a token, read document by document; all others are read whole."""
 
 
 @dataclass
@@ -55,8 +58,8 @@ class StoredTeacher:
 
     def rows(self, document: int) -> TeacherRows:
         """Those of one document, as views."""
-        part = slice(int(self.offsets[document]), int(self.offsets[document + 1]))
-        return TeacherRows(*(array[part] for array in self.arrays))
+        start, end = int(self.offsets[document]), int(self.offsets[document + 1])
+        return TeacherRows(*(part(array, start, end) for array in self.arrays))
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ class TokenizedSet:
 
     def document(self, index: int) -> Encoded:
         """One document, as views."""
-        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Encoded(self.ids[part], self.learned[part], None if self.teacher is None else self.teacher.rows(index))
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        teacher = None if self.teacher is None else self.teacher.rows(index)
+        return Encoded(part(self.ids, start, end), part(self.learned, start, end), teacher)
 
 
 def question_key(text: str) -> int:
