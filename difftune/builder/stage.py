@@ -36,8 +36,10 @@ from difftune.training.preemption import Preemption
 log = logging.getLogger(__name__)
 
 
-def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None) -> SFTDataModule:
-    """The data of a stage; `cache_dir` is where tokens are kept unless the recipe says."""
+def build_data(
+    stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None, *, keep_rows: bool = True
+) -> SFTDataModule:
+    """The data of a stage; `cache_dir` is where tokens, and rows if asked, are kept unless the recipe says."""
     config = stage.data
     return SFTDataModule(
         tokenizer=tokenizer,
@@ -56,6 +58,7 @@ def build_data(stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
         teacher=teacher_settings(stage),
         context_parallel_size=stage.trainer.context_parallel_size,
         upsampling=None if config.upsample is None else Upsampling(**vars(config.upsample), seed=stage.seed),
+        keep_rows=keep_rows,
     )
 
 

@@ -297,7 +297,8 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         say(f"adapter: {describe_adapter(adapted)}")
     for stage in config.resolved_stages():
         stored = stage.distill.top_k is not None
-        data = build_data(stage, tokenizer, cache_dir=Path(config.run_dir) / "cache" if stored else None)
+        cache_dir = Path(config.run_dir) / "cache" if stored else None
+        data = build_data(stage, tokenizer, cache_dir=cache_dir, keep_rows=False)
         module = build_module(stage, model, data, tokenizer, adapted=adapted)
         dry_run_stage(console, stage.name, data, module, build_tasks(stage.evaluation))
 

@@ -69,6 +69,7 @@ class SFTDataModule(pl.LightningDataModule):
         context_parallel_size: Ranks, one after another, that are given the same rows.
         upsampling: Long documents are taken more than once, the same ones in every epoch; when streaming, within a
             block. None: all are taken once.
+        keep_rows: Whether the rows of an epoch are kept in ``cache_dir`` too; else they are in memory alone.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -96,6 +97,7 @@ class SFTDataModule(pl.LightningDataModule):
         teacher: TeacherSettings | None = None,
         context_parallel_size: int = 1,
         upsampling: Upsampling | None = None,
+        keep_rows: bool = True,
     ) -> None:
         super().__init__()
         if not train:
@@ -130,7 +132,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._context_parallel_size = context_parallel_size
         self._upsampling = upsampling
         self._corpus: Corpus | None = None
-        self._row_cache = None if streaming else RowCache(cache_dir)
+        self._row_cache = None if streaming else RowCache(cache_dir if keep_rows else None)
         # Where the stream was entered: global rows, and the batches that Lightning had counted there.
         self._start_row = 0
         self._start_batch = 0

@@ -91,6 +91,6 @@ def test_a_planted_error_of_one_percent_is_caught(device, monkeypatch):
         extra = {"scale": 1.01 * 32**-0.5} if backend == "triton" else {}
         return wrong(*args, backend=backend, **options, **extra)
 
-    monkeypatch.setattr("tests.ops.equation.diff_attention", planted)
+    monkeypatch.setattr("difftune.verification.equation.diff_attention", planted)
     with pytest.raises(AssertionError, match=r"over budget: out: error"):
         assert_equals_the_equation(inputs, "triton", device)
