@@ -67,6 +67,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.sharded_load
 	$(BIN)/python -m benchmarks.divergence
 	$(BIN)/python -m benchmarks.prepare
+	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.recover_v1
 	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.generation

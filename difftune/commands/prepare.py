@@ -100,6 +100,11 @@ def prepare_stages(
         if check:
             checks.append(_check_tokens(config, stage, tokenizer, sources, cache_dir, console))
             checks[-1]["sources"] = [report.to_dict() for report in found]
+        elif not stage.data.streaming and (teacher or not teacher_settings(stage)):
+            # The check does this, too. What is stored of a teacher comes first.
+            stats = build_data(stage, tokenizer, cache_dir).prepare()
+            text = f"{stats.batch_rows:,} rows an epoch from {stats.kept:,} documents"
+            console.print(f"{text}, {stats.padding_fraction:.1%} padding", highlight=False, soft_wrap=True)
     if check:
         path = Path(config.run_dir) / FILE_NAME
         sets = {

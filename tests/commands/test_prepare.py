@@ -239,3 +239,12 @@ def test_streamed_rows_are_left_to_the_training_and_said_to_be(tmp_path, capsys)
     # Of the first block, as the counts beside it.
     assert sum(check["histogram"]["counts"]) == check["statistics"]["kept"] == 120
     assert "passes over the data" not in shown and "an epoch has" not in shown
+
+
+def test_rows_of_the_first_epoch_are_laid_beforehand(tmp_path, capsys, monkeypatch):
+    recipe = (*MODEL, *TRAIN, "trainer.max_steps=2", f"run_dir={tmp_path}")
+    prepare(*recipe)
+    assert "rows an epoch from 120 documents" in " ".join(capsys.readouterr().out.split())
+    assert [file.name for file in tmp_path.glob("cache/rows-*/epoch-*")] == ["epoch-0.bin"]
+    monkeypatch.setattr("difftune.data.corpus.pack_best_fit", lambda *_: pytest.fail("packed again"))
+    assert run.fit(load_config(None, recipe)) == 0
