@@ -86,6 +86,8 @@ def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with raising(signal.SIGINT, KeyboardInterrupt):
+            inside = signal.getsignal(signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+        assert inside == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

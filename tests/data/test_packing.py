@@ -1,10 +1,10 @@
 import time
 import tracemalloc
-from bisect import bisect_left, insort
 
 import numpy as np
 import pytest
 
+from benchmarks.packing import one_by_one
 from difftune.data.packing import one_a_row, pack_best_fit
 
 
@@ -42,28 +42,6 @@ def test_is_as_tight_as_best_fit_decreasing(seed):
     assert fill == sorted(sum(lengths[n] for n in row) for row in slow)
 
 
-def one_by_one(lengths, order, capacity):
-    """The same rows, a document at a time: of rows equally full the one that came to be so last takes the next."""
-    rows, rows_by_room, rooms = [], {}, []
-    for document in sorted(order.tolist(), key=lambda n: -lengths[n]):
-        at = bisect_left(rooms, lengths[document])
-        if at == len(rooms):
-            room, row = capacity, len(rows)
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                del rows_by_room[room], rooms[at]
-        rows[row].append(document)
-        if left := room - lengths[document]:
-            if left not in rows_by_room:
-                rows_by_room[left] = []
-                insort(rooms, left)
-            rows_by_room[left].append(row)
-    return rows
-
-
 # On both sides of the widths of integers that sort differently.
 @pytest.mark.parametrize("capacity", [1, 2, 7, 64, 256, 257, 65_536, 65_537, 2**33])
 @pytest.mark.parametrize("shortest", [1.0, 0.2])
@@ -72,7 +50,7 @@ def test_rows_are_those_of_placing_one_document_after_another(capacity, shortest
     for count in (1, 2, 50, 1500):
         lengths = np.ceil(capacity * rng.uniform(0, shortest, count) ** 2).astype(np.int64).clip(1)
         order = rng.permutation(count)
-        assert pack(lengths, capacity, order) == one_by_one(lengths.tolist(), order, capacity)
+        assert pack(lengths, capacity, order) == one_by_one(lengths, order, capacity)
 
 
 def test_rows_in_another_order_are_the_same_rows():
