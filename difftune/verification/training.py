@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ LOSS_BUDGET = 1e-5
 """Largest difference of a step's loss in float32, nats a token, where sums are taken in another order."""
 _ROWS = 8
 _LIMIT_S = 600
+# What torchrun and Slurm say of this process; the trainings would take it for their own.
+_OF_LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)$|MASTER_|TORCHELASTIC_|SLURM_")
 
 
 def verify_training(config: DiffTransformerConfig, folder: Path, *, accelerator: str, devices: int) -> Iterator[Claim]:
@@ -87,9 +90,7 @@ def _fit(recipe: list[str], folder: Path, processes: int = 1) -> str | None:
     """Run ``difftune fit`` in processes of its own; the end of what it said where it failed."""
     several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(several if processes > 1 else ()), "difftune", "fit"]
-    # A launcher that started this process is not meant for those.
-    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "NODE_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    environment = {name: value for name, value in os.environ.items() if not _OF_LAUNCHER.match(name)}
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
     try:

@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import pytest
 
@@ -104,3 +105,22 @@ def test_one_device_tries_no_two(written, tmp_path):
 def test_a_training_that_fails_is_told_by_its_last_lines(tmp_path):
     failure = training._fit(["optim.lr=-1"], tmp_path / "run")
     assert failure is not None and failure.startswith("exit code 2: ") and "optim.lr" in failure
+
+
+def test_the_launcher_of_this_process_is_not_that_of_the_trainings(tmp_path, monkeypatch):
+    """Lightning would take what Slurm or torchrun says of this process for their number of ranks."""
+    seen = {}
+
+    def run(command, env, **options):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(training.subprocess, "run", run)
+    for name in ("SLURM_NTASKS", "SLURM_JOB_NAME", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert training._fit([], tmp_path / "run") is None
+    assert not [
+        name for name in seen if "RANK" in name or "WORLD_SIZE" in name or name.startswith(("SLURM", "TORCHEL"))
+    ]
+    assert seen["CUDA_VISIBLE_DEVICES"] == "1"
