@@ -138,7 +138,7 @@ def _differ(left: Any, right: Any) -> bool:
         if size == 0 or (rounded and size > _SMALL):
             return False
         return bool(abs(one - other) > size * (_ROUNDED if rounded else _EXACT))
-    except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError):
         return False
 
 
