@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001
 r"""An answer in the form that is compared: what it is called, its unit, choice letter or scale, and code made LaTeX.
 
 `math_form` writes the text in which math-verify finds the answer and nothing else.
@@ -36,13 +35,15 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _UNIT_WORDS: Final = {
-    "mm": "mm millimeter millimetre 毫米", "cm": "cm centimeter centimetre 厘米 公分", "dm": "dm decimeter decimetre 分米",
-    "m": "m meter metre 米 公尺", "km": "km kilometer kilometre 千米 公里", "inch": "in inch inches", "foot": "ft foot feet",
-    "yard": "yd yard", "mile": "mi mile", "mg": "mg milligram 毫克", "g": "g gram 克", "kg": "kg kilogram 千克 公斤", "ton": "ton tonne 吨",
-    "ounce": "oz ounce", "pound": "lb pound", "ms": "ms millisecond", "second": "s sec second 秒", "minute": "min minute 分钟",
-    "hour": "h hr hour 小时 時間", "day": "day 天", "week": "week 周", "month": "month", "year": "yr year 年", "ml": "ml mL milliliter 毫升",
-    "l": "L liter litre 升", "mph": "mph", "kph": "kph", "hz": "Hz hertz", "n": "N newton", "j": "J joule", "w": "W watt",
-    "v": "V volt", "a": "A ampere amp", "pa": "Pa pascal", "cent": "cent", "dollar": "dollar", "euro": "euro",
+    "mm": "mm millimeter millimetre 毫米", "cm": "cm centimeter centimetre 厘米 公分",
+    "dm": "dm decimeter decimetre 分米", "m": "m meter metre 米 公尺", "km": "km kilometer kilometre 千米 公里",
+    "inch": "in inch inches", "foot": "ft foot feet", "yard": "yd yard", "mile": "mi mile", "mg": "mg milligram 毫克",
+    "g": "g gram 克", "kg": "kg kilogram 千克 公斤", "ton": "ton tonne 吨", "ounce": "oz ounce", "pound": "lb pound",
+    "ms": "ms millisecond", "second": "s sec second 秒", "minute": "min minute 分钟", "hour": "h hr hour 小时 時間",
+    "day": "day 天", "week": "week 周", "month": "month", "year": "yr year 年", "ml": "ml mL milliliter 毫升",
+    "l": "L liter litre 升", "mph": "mph", "kph": "kph", "hz": "Hz hertz", "n": "N newton", "j": "J joule",
+    "w": "W watt", "v": "V volt", "a": "A ampere amp", "pa": "Pa pascal", "cent": "cent", "dollar": "dollar",
+    "euro": "euro",
 }  # fmt: skip
 _UNITS: Final = {
     spelling: name

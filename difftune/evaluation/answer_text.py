@@ -20,7 +20,8 @@ _SYMBOLS = {
     "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2209": r"\notin ", "\u2282": r"\subset ",
     "\u2286": r"\subseteq ", "\u2192": r"\to ", "\u2220": r"\angle ", "\u25b3": r"\triangle ", "\u2225": r"\parallel ",
     "\u22a5": r"\perp ", "\u00b0": r"^\circ ", "\u00ba": r"^\circ ", "\u2026": r"\ldots ", "\u22ef": r"\cdots ",
-    "\u27e8": r"\langle ", "\u27e9": r"\rangle ", "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}",
+    "\u27e8": r"\langle ", "\u27e9": r"\rangle ",
+    "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}",
     "\u2102": r"\mathbb{C}", "\u221d": r"\propto ", "\u2211": r"\sum ", "\u222b": r"\int ", "\u2202": r"\partial ",
 }  # fmt: skip
 _GREEK = re.compile("[\u03b1-\u03c9\u0393\u0394\u0398\u039b\u039e\u03a0\u03a3\u03a6\u03a8\u03a9]")

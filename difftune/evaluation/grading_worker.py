@@ -120,7 +120,7 @@ def _items(form: str) -> list[str]:
 
 def _differ(left: Any, right: Any) -> bool:
     """Whether two expressions surely differ, though math-verify, which cuts small differences off, says equal."""
-    from sympy import Expr, FiniteSet, Float, Interval, Rational, Tuple, Union, UnevaluatedExpr  # type: ignore[import-untyped]
+    from sympy import Expr, FiniteSet, Float, Interval, Rational, Tuple, UnevaluatedExpr, Union  # type: ignore[import-untyped]
 
     if isinstance(left, (FiniteSet, Tuple, Union)) and isinstance(right, (FiniteSet, Tuple, Union)):
         return any(all(_differ(one, other) for other in right.args) for one in left.args)
