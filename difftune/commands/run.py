@@ -138,6 +138,7 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
     Raises:
         ValueError: If `out` holds results of another model or of other settings.
         SystemExit: With 128 + the number of the signal that stopped the work, once everything is written.
+            With 1 if a task could not reach what it needs, such as a judge.
     """
     set_up_logging()
     assert config.model.path is not None, "checked with the config"
@@ -171,6 +172,10 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
     if exit_code is not None:
         log.warning("stopped by a signal; with --out the same command goes on from here")
         raise SystemExit(exit_code)
+    failures = [f"{task.name}: {task.failure}" for task in tasks if getattr(task, "failure", None)]
+    if failures:
+        log.error("not all was evaluated: %s; with --out the same command measures the rest", "; ".join(failures))
+        raise SystemExit(1)
     return results
 
 

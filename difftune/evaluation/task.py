@@ -113,6 +113,8 @@ class ItemTask(Generic[S]):
     kind: ClassVar[str]
     sample_type: ClassVar[type]
     name: str
+    failure: str | None = None
+    """What the task needs and could not reach, so that it stopped; None: nothing."""
 
     @property
     def num_items(self) -> int:
