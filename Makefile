@@ -6,9 +6,11 @@ PIP_ARGS ?=
 # Test processes. Each holds torch and Lightning, about 1.5 GB.
 WORKERS ?= 2
 BIN := $(VENV)/bin
+NEWEST ?= .venv-newest
+LOWEST ?= .venv-lowest
 READY := $(VENV)/.difftune-ready
 
-.PHONY: help setup quickstart test test-real test-faults check format gpu bench docs clean
+.PHONY: help setup quickstart test test-real test-faults test-newest test-lowest check format gpu bench docs clean
 
 help:
 	@echo "make setup       virtual environment with difftune and the development tools, in $(VENV)"
@@ -16,6 +18,8 @@ help:
 	@echo "make test        the test suite (no network, no GPU)"
 	@echo "make test-real   tests on SmolLM2-135M, from the wheel that holds it (90 MB); 15 minutes on two cores"
 	@echo "make test-faults trainings on two ranks, killed and signalled 50 times at random, resumed and compared; minutes"
+	@echo "make test-newest tests with the newest of every dependency, in an environment of its own, $(NEWEST)"
+	@echo "make test-lowest the quickstart's dry run with the oldest that pyproject.toml allows, in $(LOWEST)"
 	@echo "make check       formatting, lint and types; 'make format' mends what can be mended"
 	@echo "make gpu         GPU tests, attention and a training step against others, in 9 minutes, with \$$(PYTHON) as it is"
 	@echo "make bench       memory and speed against transformers and TRL"
@@ -45,6 +49,24 @@ test-real: $(READY)
 
 test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --rounds 50
+
+# What a user gets who installs today: no constraints. Resolved anew at every call.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install $(PIP_ARGS) torch
+	$(NEWEST)/bin/pip install $(PIP_ARGS) -e . pytest pytest-xdist
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n $(WORKERS) --dist loadfile \
+	    tests/modeling tests/checkpoints tests/evaluation tests/integration
+	$(NEWEST)/bin/difftune doctor
+
+# Every lower bound of pyproject.toml at once; their own dependencies are what pip would take for them.
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install $(PIP_ARGS) uv
+	$(LOWEST)/bin/uv pip compile --quiet --python $(LOWEST) --resolution lowest-direct pyproject.toml --output-file $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install $(PIP_ARGS) -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install $(PIP_ARGS) --no-deps -e .
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/difftune fit --config recipes/quickstart.yaml --dry-run
 
 check: $(READY)
 	$(BIN)/ruff format --check .

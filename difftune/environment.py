@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 PACKAGES = (
     "difftune",
@@ -26,6 +27,19 @@ PACKAGES = (
     "flash-attn",
 )
 
+TESTED = {
+    "torch": "2.13.0",
+    "lightning": "2.6.6",
+    "transformers": "5.23.0",
+    "tokenizers": "0.23.3",
+    "peft": "0.21.2",
+    "safetensors": "0.8.0",
+    "datasets": "5.2.0",
+    "math-verify": "0.9.0",
+    "numpy": "2.4.6",
+}
+"""The newest versions that the whole test suite was run with: those of constraints.txt, which no wheel carries."""
+
 
 def describe_environment() -> dict[str, Any]:
     """Versions, devices, threads, command line and git commit, as plain JSON values; absent packages are null."""
@@ -33,7 +47,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "devices": devices,
         "cpu_count": os.cpu_count(),
@@ -44,12 +58,29 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def untested_versions() -> dict[str, tuple[str, str]]:
+    """Packages that are newer than what was tested: name to (installed, newest tested).
+
+    Example:
+        >>> all(name in TESTED for name in untested_versions())
+        True
+    """
+    found = {}
+    for name, tested in TESTED.items():
+        installed = version_of(name)
+        # The release alone: 2.13.0+cpu is a build of 2.13.0, not something newer.
+        if installed is not None and Version(installed).release > Version(tested).release:
+            found[name] = (installed, tested)
+    return found
+
+
 def total_memory_bytes() -> int:
     """Memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,10 +1,13 @@
 import json
+import re
 import subprocess
 
+import pytest
 import torch
 
 from difftune import environment
-from difftune.environment import describe_environment, total_memory_bytes
+from difftune.environment import TESTED, describe_environment, total_memory_bytes, untested_versions, version_of
+from tests.conftest import ROOT
 
 
 def test_versions_hardware_and_commit_are_described_in_plain_json():
@@ -25,3 +28,32 @@ def test_a_git_that_does_not_answer_ends_nothing(monkeypatch):
 
 def test_memory_is_that_of_the_machine():
     assert 2**29 < total_memory_bytes() < 2**50
+
+
+def test_the_tested_versions_are_those_of_the_constraints():
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    assert {name: pins[name] for name in TESTED} == TESTED
+
+
+@pytest.mark.parametrize(
+    ("installed", "is_newer"),
+    [
+        ("5.23.0", False),
+        ("5.23", False),
+        ("5.9.0", False),
+        ("5.23.0+local", False),
+        ("5.23.1", True),
+        ("5.100.0", True),
+    ],
+)
+def test_newer_than_tested_is_a_matter_of_releases(monkeypatch, installed, is_newer):
+    monkeypatch.setitem(environment.TESTED, "transformers", "5.23.0")
+    there = {**TESTED, "transformers": installed}
+    monkeypatch.setattr(environment, "version_of", there.get)
+    assert untested_versions() == ({"transformers": (installed, "5.23.0")} if is_newer else {})
+
+
+def test_a_package_that_is_not_there_has_no_version_and_is_not_newer(monkeypatch):
+    assert version_of("no-such-package-at-all") is None
+    monkeypatch.setattr(environment, "version_of", lambda name: None)
+    assert untested_versions() == {}

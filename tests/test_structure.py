@@ -144,14 +144,15 @@ def test_a_recipe_begins_with_purpose_hardware_command_and_expectation(path: Pat
 
 
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".cfg", ""}
-SKIPPED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+SKIPPED = {".git", "runs", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
 
 def text_files() -> list[Path]:
     files: list[Path] = []
     for folder, folders, names in os.walk(ROOT):
         # Not even looked into: there other processes make and remove what they like.
-        folders[:] = [name for name in folders if name not in SKIPPED and not name.endswith(".egg-info")]
+        folders[:] = [name for name in folders if not (name in SKIPPED or name.startswith(".venv"))]
+        folders[:] = [name for name in folders if not name.endswith(".egg-info")]
         files += [Path(folder, name) for name in names if Path(name).suffix in TEXT_SUFFIXES and name not in SKIPPED]
     return files
 
@@ -224,6 +225,18 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
         pinned = pins.get(name.lower().replace("_", "-"))
         assert pinned is not None, f"constraints.txt does not pin {name}"
         assert numbers(pinned) >= numbers(lowest), f"{name}: tested with {pinned}, but pyproject.toml wants {lowest}"
+
+
+def test_the_scheduled_workflow_calls_targets_that_exist() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "newest.yml").read_text())
+    # YAML 1.1 reads the key `on` as true.
+    assert workflow[True]["schedule"]
+    targets = {entry["target"] for entry in workflow["jobs"]["test"]["strategy"]["matrix"]["include"]}
+    assert targets == {"test-newest", "test-lowest"}
+    assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    # Nothing holds the newest back, and the oldest are those of pyproject.toml.
+    newest = re.search(r"^test-newest:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert newest is not None and "constraints" not in newest[1]
 
 
 def test_ci_calls_what_the_readme_shows() -> None:

@@ -101,14 +101,22 @@ def usage(name: str, *, brings_code: bool) -> str:
         else "Plain transformers loads it:"
     )
     trust = ", trust_remote_code=True" if brings_code else ""
+    # AutoTokenizer reads config.json first, and asks before it imports the class that auto_map names there.
+    alone = (
+        f"""
+
+The tokenizer alone needs no code: `transformers.PreTrainedTokenizerFast.from_pretrained("{name}")`."""
+        if brings_code
+        else ""
+    )
     return f"""{needs}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+```{alone}"""
 
 
 def model_card(name: str, *, about: str, usage: str, rows: Mapping[str, str], details: str = "") -> str:

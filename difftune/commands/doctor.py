@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,7 @@ import torch
 
 from difftune.commands.doctor_ranks import reach_ranks
 from difftune.config import Config, load_config
-from difftune.environment import describe_environment, total_memory_bytes
+from difftune.environment import TESTED, describe_environment, total_memory_bytes, untested_versions, version_of
 from difftune.ops import flash
 from difftune.ops.diff_attention import choose_backend
 from difftune.ops.triton import coverage
@@ -36,17 +35,6 @@ DISK_BYTES = 64 * 2**20
 HUB_TIMEOUT_S = 3.0
 """Seconds after which the hub counts as out of reach."""
 _GIB = 2**30
-_NEEDED = (
-    "torch",
-    "lightning",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "safetensors",
-    "datasets",
-    "math-verify",
-    "numpy",
-)
 _COLOURS = {"ok": "green", "note": "yellow", "fault": "red"}
 
 
@@ -98,13 +86,18 @@ def diagnose(config_file: str | None, overrides: Sequence[str] = ()) -> int:
 
 
 def find_versions() -> list[Finding]:
-    """Versions of what is needed, and what of it is not there."""
+    """Versions of what is needed, what of it is not there, and what is newer than the versions that were tested."""
     environment = describe_environment()
-    missing = [name for name in _NEEDED if _version(name) is None]
-    versions = ", ".join(f"{name} {_version(name)}" for name in _NEEDED if name not in missing)
+    missing = [name for name in TESTED if version_of(name) is None]
+    versions = ", ".join(f"{name} {version_of(name)}" for name in TESTED if name not in missing)
     found = [Finding("versions", "ok", f"Python {environment['python']} on {environment['platform']}; {versions}")]
     if missing:
         found.append(Finding("packages", "fault", f"not installed: {', '.join(missing)}; pip install difftune"))
+    newer = [f"{name} {here} (tested up to {tested})" for name, (here, tested) in untested_versions().items()]
+    if newer:
+        tested = " ".join(f"{name}=={tested}" for name, (_, tested) in untested_versions().items())
+        remedy = f"if something fails: pip install {tested}"
+        found.append(Finding("versions", "note", f"newer than what was tested: {', '.join(newer)}; {remedy}"))
     return found
 
 
@@ -334,10 +327,3 @@ def _missing_files(config: Config) -> list[str]:
     # The model's own is said with the model.
     folders = [n for n in _named_models(config) if "/" in n and n not in (*_hub_ids(config), config.model.path)]
     return [*folders, *(path for path in local if not Path(path).expanduser().exists())]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import seed_everything
 from peft import PeftModel
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from difftune.builder import (
@@ -37,6 +38,8 @@ from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.modeling.adapters import describe_adapter
 from difftune.modeling.quantized import quantize_base
+from difftune.report.headline import headline_of, headline_text
+from difftune.report.runs import load_run
 from difftune.report.summary import accuracy_table
 from difftune.result_folder import ResultFolder
 from difftune.run_folder import RunFolder
@@ -252,6 +255,9 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
         else:
             model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
             _export(config, model, tokenizer, out, source=source, overwrite=True)
+    headline = headline_text(headline_of(load_run(folder.path)))
+    if headline:
+        say(escape(headline))
     table = accuracy_table(folder.path)
     if table is not None:
         console.print(table)

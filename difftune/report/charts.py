@@ -42,6 +42,8 @@ def line_chart(
     y_label: str,
     log_y: bool = False,
     y_range: tuple[float, float] | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    marks: Sequence[tuple[float, str]] = (),
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> str:
@@ -53,6 +55,8 @@ def line_chart(
         y_label: What y is.
         log_y: Logarithmic y axis, where all values are above 0.
         y_range: Lowest and highest y. Default: those of the points, with a margin.
+        bounds: What y cannot leave, such as (0, 1) of a share: the axis stays inside.
+        marks: x and a word: a vertical line where something began, such as a stage.
         width: Of the drawing, in pixels at its natural size.
         height: Of the drawing.
 
@@ -66,7 +70,7 @@ def line_chart(
     log_y = log_y and min(y for _, y in finite) > 0
     x_low, x_high = _widened(min(x for x, _ in finite), max(x for x, _ in finite), 0)
     reached = [y for _, y in finite] + [end for line, _ in drawn for _, bounds in _bars(line) for end in bounds]
-    low, high = y_range or _widened(min(reached), max(reached), 0 if log_y else 0.06)
+    low, high = y_range or _within(_widened(min(reached), max(reached), 0 if log_y else 0.06), bounds)
     if log_y:
         low, high = math.log10(low), math.log10(high)
         low, high = _widened(low, high, 0.05)
@@ -93,6 +97,13 @@ def line_chart(
     middle = (_LEFT + width - _RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="label" x="{_LEFT - 44}" y="12">{escape(y_label)}</text>')
+    for x, word in marks:
+        # The word stands where there is room for it: beside the line, on the side of the middle.
+        side, anchor = (4, "start") if x_at(x) < middle else (-4, "end")
+        parts.append(f'<line class="mark" x1="{x_at(x)}" x2="{x_at(x)}" y1="{_TOP}" y2="{base}"/>')
+        parts.append(
+            f'<text class="tick" x="{x_at(x) + side}" y="{_TOP + 9}" text-anchor="{anchor}">{escape(word)}</text>'
+        )
     parts.append(f'<line class="cross" y1="{_TOP}" y2="{base}"/>')
     for line, points in drawn:
         parts += [
@@ -249,10 +260,19 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two powers of ten: 1, 2 and 5 of each, or whole powers where there are many."""
+    """Round numbers between two powers of ten, whose exponents are given.
+
+    1, 2 and 5 of each power, whole powers where there are many, and equal distances where the axis covers so little
+    that none or one of those is on it.
+
+    Example:
+        >>> log_ticks(0.36, 0.43)
+        [2.3, 2.4, 2.5, 2.6]
+    """
     powers = range(math.floor(low), math.ceil(high) + 1)
     factors = (1, 2, 5) if high - low < 3 else (1,)
-    return [f * 10.0**p for p in powers for f in factors if low <= math.log10(f * 10.0**p) <= high]
+    ticks = [f * 10.0**p for p in powers for f in factors if low <= math.log10(f * 10.0**p) <= high]
+    return ticks if len(ticks) > 2 else nice_ticks(10.0**low, 10.0**high)
 
 
 def short(value: float, digits: int = 3) -> str:
@@ -275,3 +295,8 @@ def _widened(low: float, high: float, margin: float) -> tuple[float, float]:
         gap = abs(low) * 0.1 or 1.0
         return low - gap, high + gap
     return low - (high - low) * margin, high + (high - low) * margin
+
+
+def _within(ends: tuple[float, float], bounds: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an axis, none of them outside the bounds."""
+    return max(ends[0], bounds[0]), min(ends[1], bounds[1])

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 from rich.table import Table
 
-from difftune.report.runs import Run, differing_keys, load_run
+from difftune.report.runs import Run, differing_keys, load_runs
 
 # Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom; then at most so many.
 _T95 = (
@@ -127,9 +127,7 @@ def compare_runs(paths: Sequence[str | Path], *, metrics: Sequence[str] = ()) ->
     Raises:
         ValueError: If a folder is no run, is given twice, or no metric is left.
     """
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise ValueError("a run is named twice: it would count as two seeds")
-    groups = group_runs([load_run(path) for path in paths])
+    groups = group_runs(load_runs(paths))
     names = dict.fromkeys(name for group in groups for run in group.runs for name in _values(run))
     chosen = [name for name in names if _is_chosen(name, metrics)]
     if not chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -12,6 +13,7 @@ from difftune.report.runs import KIND_NAMES, Run
 from difftune.report.style import Style, ramp
 
 _MAIN_FIGURES = re.compile(r"/(accuracy|nll|margin|signal_to_noise|faithful|answer|noise)$")
+_SHARES = re.compile(r"/(accuracy|faithful|answer|noise)(_|$)")
 _NAN = float("nan")
 
 
@@ -29,6 +31,13 @@ def grid(figures: Sequence[str]) -> str:
     return f'<div class="grid2">{"".join(present)}</div>' if present else ""
 
 
+def legend_item(name: str, colour: str, dash: str = "", note: str = "") -> str:
+    """A stroke as the charts have it, and what it stands for."""
+    pattern = f' stroke-dasharray="{dash}"' if dash else ""
+    stroke = f'<svg viewBox="0 0 30 8"><path d="M0 4H30" stroke="{colour}" stroke-width="3"{pattern}/></svg>'
+    return f"<span>{stroke}{escape(name)}{f' <small>{escape(note)}</small>' if note else ''}</span>"
+
+
 def metric_chart(
     groups: Sequence[Group],
     styles: dict[str, Style],
@@ -44,7 +53,24 @@ def metric_chart(
         for group in groups
         for run in group.runs
     ]
-    return line_chart([line for line in lines if line.points], x_label="step", y_label=label, log_y=log_y)
+    return line_chart(
+        [line for line in lines if line.points],
+        x_label="step",
+        y_label=label,
+        log_y=log_y,
+        bounds=(0.0, 1.0) if _SHARES.search(metric) else (-math.inf, math.inf),
+        marks=stage_marks(groups),
+    )
+
+
+def stage_marks(groups: Sequence[Group]) -> list[tuple[float, str]]:
+    """First step of each stage after the first, and its name, where all runs have the same stages at the same steps."""
+    found = [run.stage_starts for group in groups for run in group.runs]
+    return (
+        [(float(step), stage) for stage, step in list(found[0].items())[1:]]
+        if found.count(found[0]) == len(found)
+        else []
+    )
 
 
 def points_of(run: Run, metric: str) -> list[tuple[float, float]]:
@@ -54,12 +80,9 @@ def points_of(run: Run, metric: str) -> list[tuple[float, float]]:
 
 def loss_charts(groups: Sequence[Group], styles: dict[str, Style]) -> str:
     """Loss and gradient norm."""
-    stages = [stage for stage in groups[0].runs[0].stages]
-    caption = (
-        f"Nats a label token. Stages one after the other: {', '.join(stages)}."
-        if len(stages) > 1
-        else "Nats a label token."
-    )
+    caption = "Nats a label token."
+    if stage_marks(groups):
+        caption += " A stage has its own data, so the loss jumps where one begins (dotted)."
     return grid(
         [
             figure(metric_chart(groups, styles, "train/loss", "loss", log_y=True), "Training loss", caption),

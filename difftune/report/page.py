@@ -8,12 +8,20 @@ from importlib import resources
 from pathlib import Path
 
 from difftune.report.compare import Comparison, Group, compare_runs, group_runs, same_text, shown_name
-from difftune.report.curves import evaluation_charts, lambda_charts, loss_charts, speed_charts
+from difftune.report.curves import evaluation_charts, lambda_charts, legend_item, loss_charts, speed_charts
 from difftune.report.harness import harness_section
+from difftune.report.headline import headline_html, headline_of
 from difftune.report.many_shot import many_shot_section
 from difftune.report.paper import paper_charts
-from difftune.report.probes import attention_section, bits_section, needle_section, nll_section, outlier_section
-from difftune.report.runs import KIND_NAMES, Run, differing_keys, load_run
+from difftune.report.probes import (
+    attention_section,
+    bits_section,
+    group_title,
+    needle_section,
+    nll_section,
+    outlier_section,
+)
+from difftune.report.runs import Run, differing_keys, load_runs
 from difftune.report.style import Style, style_of
 
 SAMPLES_SHOWN = 8
@@ -45,13 +53,12 @@ def write_report(paths: Sequence[str | Path], out: Path) -> Path:
 
 def render_report(paths: Sequence[str | Path]) -> str:
     """The page as text; see `write_report`."""
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise ValueError("a run is named twice")
-    groups = group_runs([load_run(path) for path in paths])
+    groups = group_runs(load_runs(paths))
     styles = style_of(groups)
     runs = [run for group in groups for run in group.runs]
     sections = [
-        ("summary", "What the runs came to", _summary(paths, groups)),
+        ("headline", "What changed", _headlines(runs)),
+        ("summary", "Results", _summary(paths, groups)),
         ("loss", "Loss", loss_charts(groups, styles)),
         ("evaluations", "Evaluations during training", evaluation_charts(groups, styles)),
         ("lambda", "Lambda by layer", lambda_charts(groups)),
@@ -84,6 +91,14 @@ def render_report(paths: Sequence[str | Path]) -> str:
     )
 
 
+def _headlines(runs: list[Run]) -> str:
+    parts = []
+    for run in runs:
+        body = headline_html(headline_of(run))
+        parts.append(f"<h3>{escape(run.name)}</h3>{body}" if body and len(runs) > 1 else body)
+    return "".join(parts)
+
+
 def _subtitle(runs: list[Run]) -> str:
     steps = max((points[-1].step for run in runs for points in run.series.values() if points), default=0)
     tokens = max((points[-1].tokens for run in runs for points in run.series.values() if points), default=0)
@@ -104,13 +119,8 @@ def _footer(runs: list[Run]) -> str:
 def _legend(groups: list[Group], styles: dict[str, Style]) -> str:
     items = []
     for group in groups:
-        style = styles[group.label]
-        dash = f' stroke-dasharray="{style.dash}"' if style.dash else ""
-        line = f'<svg viewBox="0 0 30 8"><path d="M0 4H30" stroke="{style.colour}" stroke-width="3"{dash}/></svg>'
         count = f"{len(group.runs)} runs" if len(group.runs) > 1 else group.runs[0].name
-        name = KIND_NAMES.get(group.kind, group.kind)
-        own = "" if group.label == group.kind else f" ({group.label.removeprefix(f'{group.kind}, ')})"
-        items.append(f"<span>{line}{escape(name)}{escape(own)} <small>{escape(count)}</small></span>")
+        items.append(legend_item(group_title(group), styles[group.label].colour, styles[group.label].dash, count))
     return f'<div class="legend">{"".join(items)}</div>'
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from difftune.report.charts import Line, heat_map, line_chart
-from difftune.report.curves import figure, grid, table_html
+from difftune.report.curves import figure, grid, legend_item, table_html
 from difftune.report.style import COLOURS
 
 OURS = {"diff": "diff_v1", "transformer": "softmax"}
@@ -106,7 +106,11 @@ def paper_charts() -> str:
         )
         figures.append(figure(picture, f"Retrieval, 1 of 8 needles, {_NAMES[model]} (Fig. 5)"))
     note = "Models of another size and data than the runs above: shapes compare, levels do not."
-    return f"<p>{escape(data['source'])} {note}</p>{grid(figures)}{_tables()}"
+    legend = "".join(legend_item(_NAMES[model], COLOURS[OURS[model]]) for model in _NAMES)
+    return (
+        f"<details><summary>{len(figures)} charts and {_tables().count('<table>')} tables</summary>"
+        f'<p>{escape(data["source"])} {note}</p><div class="legend">{legend}</div>{grid(figures)}{_tables()}</details>'
+    )
 
 
 def _curve(name: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from difftune.report.summary import read_metrics
+from difftune.report.summary import read_json_lines, read_metrics
 
 KIND_NAMES = {
     "diff_v1": "Differential, V1",
@@ -52,6 +53,10 @@ class Run:
     """Logged numbers by name, in the order of the steps."""
     stages: list[str] = field(default_factory=list)
     """Names of the stages, in the order in which they logged something."""
+    stage_starts: dict[str, int] = field(default_factory=dict)
+    """Optimiser steps of the run before each of its stages."""
+    others: list[Path] = field(default_factory=list)
+    """More folders of results of the same model; see :func:`load_runs`."""
 
     @property
     def name(self) -> str:
@@ -95,24 +100,54 @@ class Run:
         points = self.series.get(name)
         return points[-1].value if points else None
 
+    def sample_files(self) -> list[Path]:
+        """Files of samples: of a run, one an evaluation in the order of the training; of results, one a task."""
+        files = [file for folder in (self.path, *self.others) for file in sorted((folder / "samples").glob("*.jsonl"))]
+        order = {stage: place for place, stage in enumerate(self.stages)}
+
+        def when(file: Path) -> tuple[int, int]:
+            stage, _, step = file.stem.rpartition("-")
+            return order.get(stage, -1), int(step) if step.isdigit() else -1
+
+        return sorted(files, key=when) if self.config else files
+
     def samples(self) -> list[dict[str, Any]]:
         """What was generated and how it was graded: of a run, at the last evaluation."""
-        files = list((self.path / "samples").glob("*.jsonl"))
-        if not files:
-            return []
-        if self.config:
-            order = {stage: place for place, stage in enumerate(self.stages)}
-
-            def when(file: Path) -> tuple[int, int]:
-                stage, _, step = file.stem.rpartition("-")
-                return order.get(stage, -1), int(step) if step.isdigit() else -1
-
-            files = [max(files, key=when)]
+        files = self.sample_files()
         found = []
-        for file in sorted(files):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            found += [{"task": file.stem, **json.loads(line)} for line in lines if line.endswith("\n")]
+        for file in files[-1:] if self.config else files:
+            found += [{"task": file.stem, **sample} for sample in read_json_lines(file)]
         return found
+
+
+def load_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Read run folders; folders of results of one model that measured different tasks are one run.
+
+    Args:
+        paths: The folders.
+
+    Raises:
+        ValueError: If one is neither a run nor a folder of results, or is named twice.
+    """
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError("a run is named twice: it would count as two seeds")
+    runs: list[Run] = []
+    for run in map(load_run, paths):
+        same = next((known for known in runs if _measured_together(known, run)), None)
+        if same is None:
+            runs.append(run)
+            continue
+        same.series.update(run.series)
+        same.settings = {**same.settings, "tasks": {**same.settings["tasks"], **run.settings["tasks"]}}
+        same.others.append(run.path)
+    return runs
+
+
+def _measured_together(known: Run, run: Run) -> bool:
+    """Whether both are results of one model with the same settings, and no figure stands in both."""
+    if known.config or run.config or not known.settings or known.series.keys() & run.series.keys():
+        return False
+    return all(known.settings.get(key) == run.settings.get(key) for key in {*known.settings, *run.settings} - {"tasks"})
 
 
 def load_run(path: str | Path) -> Run:
@@ -140,6 +175,7 @@ def load_run(path: str | Path) -> Run:
             offset, stage, reached = offset + reached, line["stage"], 0
         if stage not in run.stages:
             run.stages.append(stage)
+            run.stage_starts[stage] = offset
         reached = max(reached, line["step"])
         point = Point(offset + line["step"], line["tokens"], line["value"], stage)
         run.series.setdefault(line["name"], []).append(point)

@@ -15,8 +15,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     A last line without its end, in a run that is being written, is left for the next look.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
-        return []
+    return read_json_lines(path) if path.is_file() else []
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line without its end, in a file that is being written, is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -1,12 +1,18 @@
 import logging
 import os
+import re
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from difftune.checkpoints.export import export_model
 from difftune.checkpoints.publish import check_target, model_card, new_folder, usage
+from difftune.data.tokenizers import build_tokenizer
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 
 
 def test_the_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -70,7 +76,41 @@ def test_the_card_tells_how_to_load_and_every_row() -> None:
     assert "`import difftune.modeling` takes the place" in card
     assert "| source | there |\n| written with | torch" in card and card.endswith("\nmore\n")
     plain = usage("mine", brings_code=False)
-    assert "import difftune" not in plain and "trust_remote_code" not in plain
+    assert "import difftune" not in plain and "trust_remote_code" not in plain and "tokenizer alone" not in plain
+
+
+CARD_READER = """
+import sys
+sys.modules["difftune"] = None  # importing it is an error
+from transformers import PreTrainedTokenizerFast
+card, folder = sys.argv[1:]
+exec(card)
+alone = PreTrainedTokenizerFast.from_pretrained(folder)
+assert alone("7+5")["input_ids"] == tokenizer("7+5")["input_ids"]
+print(type(model).__name__)
+"""
+
+
+def test_what_the_card_shows_loads_model_and_tokenizer_without_a_question_or_a_warning(tmp_path: Path) -> None:
+    config = DiffTransformerConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    tokenizer = build_tokenizer("digits")
+    export_model(DiffTransformerForCausalLM(config), tokenizer, tmp_path / "mine", "difftune")
+    card = re.search(r"```python\n(.*?)```", (tmp_path / "mine" / "README.md").read_text(), flags=re.DOTALL)
+    assert card is not None
+    done = subprocess.run(
+        [sys.executable, "-c", CARD_READER, card[1], "mine"],
+        cwd=tmp_path,
+        # A question at a terminal would be answered with yes, and seen in the output.
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "DiffTransformerForCausalLM"
+    assert "custom code" not in done.stderr and "model of type" not in done.stderr, done.stderr
 
 
 def left_by_a_dead_process(parent: Path, name: str, *, with_old: bool = False) -> Path:

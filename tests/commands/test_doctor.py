@@ -101,7 +101,7 @@ def test_more_devices_than_there_are_is_a_fault() -> None:
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_NEEDED", ("torch", "no-such-package-of-ours"))
+    monkeypatch.setattr(doctor, "TESTED", {"torch": "2.13.0", "no-such-package-of-ours": "1.0"})
     assert of_kind(find_versions(), "fault") == [
         "packages: not installed: no-such-package-of-ours; pip install difftune"
     ]
@@ -165,3 +165,14 @@ def test_no_hub_is_a_statement_and_not_a_fault(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_the_wheel_is_named_as_the_releases_are(arguments: tuple, name: str | None) -> None:
     assert flash_wheel(*arguments) == name
+
+
+def test_versions_newer_than_the_tested_ones_are_a_note_with_the_command_that_goes_back(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "untested_versions", lambda: {"transformers": ("6.0.0", "5.23.0")})
+    noted = of_kind(find_versions(), "note")
+    assert noted == [
+        "versions: newer than what was tested: transformers 6.0.0 (tested up to 5.23.0); "
+        "if something fails: pip install transformers==5.23.0"
+    ]
+    monkeypatch.setattr(doctor, "untested_versions", dict)
+    assert not of_kind(find_versions(), "note")

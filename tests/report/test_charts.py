@@ -91,3 +91,29 @@ def test_an_interval_is_a_bar_that_the_axis_makes_room_for():
 def test_both_axes_are_named():
     for svg in (curve([(0, 1.0), (1, 2.0)]), heat_map(["0%"], ["1K"], [[0.5]], x_label="step", y_label="loss")):
         assert re.findall(r'class="label"[^>]*>(\w+)<', svg) == ["step", "loss"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.31, 2.64), (0.11, 0.19), (6.0, 9.5), (1.0, 1.0)])
+def test_a_logarithmic_axis_within_a_decade_has_numbers(low, high):
+    svg = curve([(0, high), (1, low)], log_y=True)
+    values = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', svg)]
+    assert len(values) >= 3 and values == sorted(values)
+
+
+def test_a_share_is_drawn_within_0_and_1_also_where_it_never_changes():
+    def ends(*values):
+        svg = curve(list(enumerate(values)), bounds=(0.0, 1.0))
+        return [float(text) for text in re.findall(r'text-anchor="end">(-?[\d.]+)<', svg)]
+
+    for values in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.5, 0.5)):
+        assert all(0 <= tick <= 1 for tick in ends(*values)), values
+    assert max(ends(0.0, 0.0)) == 1.0
+    assert min(float(t) for t in re.findall(r'text-anchor="end">(-?[\d.]+)<', curve([(0, 0.0), (1, 0.0)]))) < 0
+
+
+def test_a_mark_stands_where_it_belongs_and_its_word_stays_inside():
+    svg = curve([(0, 1.0), (100, 2.0)], marks=[(0.0, "first <stage>"), (90.0, "second")])
+    places = [float(x) for x in re.findall(r'class="mark" x1="([\d.]+)"', svg)]
+    assert places == [52.0, 442.6] and "first &lt;stage&gt;" in svg
+    words = re.findall(r'x="([\d.]+)" y="37" text-anchor="(\w+)">(?:first|second)', svg)
+    assert words == [("56.0", "start"), ("438.6", "end")]

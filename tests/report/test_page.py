@@ -31,7 +31,7 @@ SAMPLES = [
 ]
 
 SECTIONS = [
-    "What the runs came to",
+    "Results",
     "Loss",
     "Evaluations during training",
     "Lambda by layer",
@@ -145,3 +145,22 @@ def test_the_watch_notices_an_error_and_a_request(runs, tmp_path):
     assert found is not None
     errors = json.loads(found[1].replace("&amp;", "&"))["errors"]
     assert any("missing" in error for error in errors) and any("policy" in error for error in errors)
+
+
+def test_the_page_begins_with_what_changed(tmp_path):
+    path = write_run(tmp_path / "a", {"eval/sums/accuracy": [(0, 0.0), (9, 1.0)]})
+    (path / "samples").mkdir()
+    for step, verdict in ((0, "wrong"), (9, "correct")):
+        sample = {"question": "1+1 <b>", "gold": "2", "text": f"at {step}", "verdict": verdict}
+        lines = [json.dumps({"task": "sums", "index": index, **sample}) + "\n" for index in range(3)]
+        (path / "samples" / f"main-{step}.jsonl").write_text("".join(lines))
+    page = render_report([path])
+    assert page.index("What changed") < page.index("Results")
+    assert 'class="verdict good">better' in page and "at 0 <small>wrong" in page and "1+1 &lt;b&gt;" in page
+
+
+def test_the_papers_figures_are_folded_and_have_a_legend(runs):
+    page = render_report(runs)
+    folded = page[page.index('id="paper"') :]
+    assert folded.index("<details><summary>") < folded.index("<svg")
+    assert ">DIFF<" in folded and ">Transformer<" in folded

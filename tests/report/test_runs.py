@@ -3,7 +3,8 @@ import json
 import pytest
 import yaml
 
-from difftune.report.runs import differing_keys, load_run
+from difftune.report.compare import compare_runs
+from difftune.report.runs import differing_keys, load_run, load_runs
 from tests.report.runs import write_metrics, write_run
 
 
@@ -78,3 +79,37 @@ def test_what_is_no_run_is_refused(tmp_path):
         load_run(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {}}))
     assert load_run(tmp_path).samples() == []
+
+
+def write_results(path, task, model="models/a", **settings):
+    path.mkdir()
+    (path / "settings.json").write_text(json.dumps({"model": model, "tasks": {task: {"kind": "math"}}, **settings}))
+    write_metrics(path, {f"eval/{task}/accuracy": [(0, 0.5)]}, "evaluate")
+    (path / "samples").mkdir()
+    (path / "samples" / f"{task}.jsonl").write_text(json.dumps({"text": task}) + "\n")
+    return path
+
+
+def test_folders_of_results_of_one_model_are_one_run(tmp_path):
+    paths = [write_results(tmp_path / name, name) for name in ("sums", "books")]
+    (run,) = load_runs(paths)
+    assert set(run.series) == {"eval/sums/accuracy", "eval/books/accuracy"}
+    assert {sample["task"] for sample in run.samples()} == {"sums", "books"}
+    assert set(run.settings["tasks"]) == {"sums", "books"}
+    (group,) = compare_runs(paths).groups
+    assert len(group.runs) == 1
+
+
+def test_results_of_other_models_or_settings_or_of_the_same_task_stay_apart(tmp_path):
+    first = write_results(tmp_path / "a", "sums")
+    assert len(load_runs([first, write_results(tmp_path / "b", "books", model="models/b")])) == 2
+    assert len(load_runs([first, write_results(tmp_path / "c", "books", dtype="bfloat16")])) == 2
+    assert len(load_runs([first, write_results(tmp_path / "d", "sums")])) == 2
+    assert len(load_runs([first, write_run(tmp_path / "e", {"train/loss": [(1, 3.0)]})])) == 2
+
+
+def test_steps_before_a_stage_are_known(tmp_path):
+    path = write_run(tmp_path / "a", {"train/loss": [(1, 3.0), (10, 2.0)]}, stage="answers")
+    write_metrics(path, {"train/loss": [(1, 1.5), (5, None)]}, stage="traces")
+    write_metrics(path, {"train/loss": [(2, 1.5)]}, stage="last")
+    assert load_run(path).stage_starts == {"answers": 0, "traces": 10, "last": 15}
