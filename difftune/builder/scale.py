@@ -13,6 +13,7 @@ from difftune.config import Config, StageConfig
 from difftune.config.checks_scale import fsdp_problems
 from difftune.environment import total_memory_bytes
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.training.devices import device_problem
 from difftune.training.strategies import build_strategy, choose_strategy, count_devices, kind_of_device
 from difftune.training.tensor_parallel import check_tensor_parallel
 
@@ -34,10 +35,15 @@ def settle_strategies(config: Config, architecture: DiffTransformerConfig) -> Co
 
     Raises:
         ValueError: If the model has to be sharded and something else in the recipe forbids it; if torchrun started
-            another number of processes than the recipe has devices.
+            another number of processes than the recipe has devices; if devices are not here.
     """
     stages = config.resolved_stages()
     asked = {stage.trainer.strategy for stage in stages}
+    for trainer in (stage.trainer for stage in stages):
+        if (problem := device_problem(trainer.accelerator, trainer.devices, trainer.num_nodes)) is not None:
+            raise ValueError(problem)
+    if any(stage.trainer.accelerator == "auto" for stage in stages) and kind_of_device("auto") == "cpu":
+        log.info("accelerator auto: there is no GPU here, the CPU is used")
     for stage in stages:
         # What it refuses, it refuses before anything is read.
         build_stage_strategy(stage)

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,10 +134,8 @@ def _fork(
         else:
             time.sleep(0.005)
     seconds = time.monotonic() - started
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what it started ends with it
-    except ProcessLookupError:
-        pass
     if status is None:
         os.waitpid(child, 0)
     code = None if status is None else os.waitstatus_to_exitcode(status)
