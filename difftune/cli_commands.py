@@ -43,6 +43,9 @@ COMMON = (
     Option("help", "show this text"),
 )
 _MODEL = Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True)
+_TEMPLATE = Option(
+    "chat-template", "a file, or the name of a template of the tokenizer", "FILE", "chat_template", is_text=True
+)
 _BASE = Option("base", "base model of an adapter; the one that it names by default", "DIR", is_text=True)
 _DEVICE = Option("device", "cpu, cuda or auto", "NAME", "trainer.accelerator")
 _DTYPE = Option("dtype", "float32, bfloat16 or float16", "NAME", "model.dtype")
@@ -151,6 +154,7 @@ COMMANDS = {
             Option("max-new-tokens", "longest answer", "N", "evaluation.tasks.*.max_new_tokens"),
             Option("batch-size", "prompts decoded together", "N", "evaluation.batch_size"),
             Option("num-samples", "answers a problem (needs a temperature)", "N", "evaluation.num_samples"),
+            _TEMPLATE,
             *_DECODING,
             _DEVICE,
             _DTYPE,
@@ -169,6 +173,7 @@ COMMANDS = {
             _MODEL,
             Option("prompt", "text; can be repeated; - reads standard input", "TEXT", is_text=True, repeatable=True),
             Option("max-new-tokens", "longest answer", "N", "evaluation.max_new_tokens"),
+            _TEMPLATE,
             *_DECODING,
             _DEVICE,
             _DTYPE,

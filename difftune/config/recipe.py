@@ -301,6 +301,8 @@ class Config:
     """`auto`: go on from the newest valid checkpoint of run_dir, if any; `never`: refuse to go on; or a checkpoint."""
     tokenizer: str | None = None
     """`digits`, `bytes`, a folder or a hub id. null: the one saved with model.path."""
+    chat_template: str | None = None
+    """A file, the name of a template of the tokenizer, or Jinja text; saved with the model. null: the tokenizer's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model, one for all stages."""
     adapter: AdapterConfig | None = None
