@@ -87,7 +87,7 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     if needed > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens (ids up to {needed - 1}), the model's embedding {rows} rows: "
+            f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: "
             "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
         )
 
