@@ -188,8 +188,9 @@ COMMANDS = {
         "folder, loads it back and compares its logits before calling it done.\n\n"
         "formats of a model:\n"
         "  diffllama       plain transformers loads it; diff_v1 only\n"
+        "  llama           plain transformers loads it as what it is; softmax only\n"
         "  difftune        every kind; brings its code, for trust_remote_code=True\n"
-        "  auto            diffllama for diff_v1, else difftune (the default)\n"
+        "  auto            diffllama or llama where it can hold the model, else difftune (the default)\n"
         "formats of an adapter, which names its base, or --base does:\n"
         "  peft            LoRA and lambda in one file, which PEFT loads onto our class (the default)\n"
         "  diffllama-peft  for plain transformers and PEFT on --base-diffllama, the base exported as diffllama;\n"
@@ -243,7 +244,12 @@ COMMANDS = {
         "layout), a GGUF file, a state dict file, or package:NAME for the GGUF file in a Python package. The\n"
         "result is reloaded and compared with it before it is called done.",
         options=(
-            Option("to", "diff_v2 (the same function), diff_v1, diffllama, unilm or llama", "NAME", is_text=True),
+            Option(
+                "to",
+                "diff_v2 (the same function), diff_v1, diffllama, unilm, llama, or softmax (the baseline)",
+                "NAME",
+                is_text=True,
+            ),
             Option("out", "folder to write", "DIR", is_text=True),
             Option("text", "UTF-8 text: report the loss on it before and after", "FILE", is_text=True),
             Option(

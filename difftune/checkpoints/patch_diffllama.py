@@ -15,6 +15,8 @@ import torch
 from transformers import Cache, DiffLlamaForCausalLM
 from transformers.models.diffllama import modeling_diffllama
 
+from difftune.modeling.compat import CACHE, one_cache
+from difftune.modeling.inputs import documents_of_positions
 from difftune.modeling.lambdas import lambda_v1
 from difftune.ops import Documents, diff_attention, rotate
 from difftune.ops.diff_attention import BACKENDS
@@ -101,7 +103,7 @@ class DiffLlamaPatch:
 
         # Called with these names by the model; a mask function comes from other code.
         config, x = arguments["config"], arguments["inputs_embeds"]
-        mask, cache = arguments["attention_mask"], arguments["past_key_values"]
+        mask, cache = arguments["attention_mask"], arguments[CACHE]
         position_ids = arguments.get("position_ids")
         others = [value for name, value in arguments.items() if name.endswith("mask_function")]
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -110,7 +112,7 @@ class DiffLlamaPatch:
             return dense()
         documents = None
         if mask is None and cache is None and position_ids is not None:
-            documents = _packed(position_ids.expand(x.shape[0], -1))
+            documents = documents_of_positions(position_ids.expand(x.shape[0], -1))
         if mask is not None:
             mask = mask.to(x.device, torch.bool)
             # A mask without holes costs the kernels time. While compiling, its values are not known.
@@ -125,25 +127,24 @@ class DiffLlamaPatch:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``DiffLlamaAttention.forward``: hidden states ``(B, T, C)`` to ``(B, T, C)``, and no attention weights."""
-        config = module.config
+        config, cache = module.config, one_cache(cache, past_key_values)
         weights_wanted = config._attn_implementation == "eager" and kwargs.get(
             "output_attentions", config.output_attentions
         )
         if not isinstance(attention_mask, _Visibility) or weights_wanted:
             mask = attention_mask.dense if isinstance(attention_mask, _Visibility) else attention_mask
-            return self._forward(
-                module, hidden_states, position_embeddings, mask, past_key_values=past_key_values, **kwargs
-            )
+            return self._forward(module, hidden_states, position_embeddings, mask, **{CACHE: cache}, **kwargs)
         shape = (*hidden_states.shape[:2], 2, -1, module.head_dim)
         q, k, v = (project(hidden_states).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj))
         q, k = (rotate(x, *position_embeddings) for x in (q, k))
-        if past_key_values is not None:
-            seen = int(past_key_values.get_seq_length(module.layer_idx)) + q.shape[1]
+        if cache is not None:
+            seen = int(cache.get_seq_length(module.layer_idx)) + q.shape[1]
             k, v = (x.flatten(2, 3).transpose(1, 2) for x in (k, v))
-            k, v = past_key_values.update(k, v, module.layer_idx)
+            k, v = cache.update(k, v, module.layer_idx)
             # A static cache returns all of its slots, also those not yet written.
             k, v = (x[:, :, :seen].transpose(1, 2).unflatten(2, (2, -1)) for x in (k, v))
         documents = attention_mask.documents
@@ -180,17 +181,6 @@ class _Visibility:
     def dense(self) -> Any:
         """The mask that transformers would have made; asked for by the first layer, before it writes to the cache."""
         return self._make()
-
-
-@torch.compiler.disable
-def _packed(position_ids: torch.Tensor) -> Documents | None:
-    """Documents that begin where positions do not go on, as transformers finds them; None for one a row."""
-    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-    if not bool(begins.any()):
-        return None
-    begins[:, 0] = True
-    starts = begins.flatten().nonzero().flatten()
-    return Documents(torch.cat((starts, starts.new_tensor([begins.numel()]))))
 
 
 def _keep_mask(attention_mask: torch.Tensor | None = None, **unused: Any) -> torch.Tensor | None:

@@ -25,7 +25,7 @@ from difftune.builder import (
 )
 from difftune.builder.scale import is_sharded, num_parameters, settle_strategies, training_bytes
 from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
-from difftune.checkpoints.export import ExportReport, export_model
+from difftune.checkpoints.export import ExportReport, auto_format, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
 from difftune.commands.dry_run import dry_run_stage, report_size
@@ -291,7 +291,7 @@ def _export(
     assert config.export is not None, "the command and the recipe set it"
     name = config.export.format
     if name == "auto":
-        name = "diffllama" if model.config.attention == "diff_v1" else "difftune"
+        name = auto_format(model.config)
     report = export_model(model, tokenizer, out, name, verify=config.export.verify, overwrite=overwrite, source=source)
     say(f"exported {report}")
     return report

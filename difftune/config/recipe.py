@@ -260,9 +260,9 @@ class LoggingConfig:
 class ExportConfig:
     """What is exported when the last stage has ended, to `export/` in the run folder."""
 
-    format: str = _key("auto", choices=("auto", "diffllama", "difftune"))
-    """`diffllama`: loads in plain transformers, holds diff_v1 only; `difftune`: every kind; `auto`: the first where it
-    can hold the model, else the second."""
+    format: str = _key("auto", choices=("auto", "diffllama", "llama", "difftune"))
+    """`diffllama` and `llama` load in plain transformers and hold diff_v1 and softmax; `difftune`: every kind; `auto`:
+    one of the first two where it can hold the model, else the third."""
     verify: bool = True
     """Reload the folder and compare its logits before calling it done."""
 

@@ -23,6 +23,7 @@ from transformers import (
 from difftune.evaluation.sampling import OwnDraws, row_seed
 from difftune.modeling import DiffTransformerConfig
 from difftune.modeling.cache import build_cache
+from difftune.modeling.compat import CACHE
 from difftune.modeling.special_tokens import end_ids
 from difftune.rendering import text_ids
 
@@ -158,7 +159,7 @@ def _generate_batch(
         logits_processor=LogitsProcessorList([] if draws is None else [draws]),
         # Each rank for itself.
         synced_gpus=False,
-        **({"past_key_values": build_cache()} if ours else {}),
+        **({CACHE: build_cache()} if ours else {}),
     )
     return output[:, width:].tolist()
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from difftune.evaluation.task import Clock
+from difftune.modeling.compat import CACHE
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ def token_nll(model: Any, ids: torch.Tensor, *, chunk_size: int, clock: Clock | 
         if clock is not None and clock.is_over():
             return None
         end = min(start + chunk_size, len(ids) - 1)
-        output = model(input_ids=ids[None, start:end], past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        output = model(input_ids=ids[None, start:end], use_cache=True, **{CACHE: past})
+        past = getattr(output, CACHE)
         logits = output.logits[0].float()
         parts.append((logits.logsumexp(-1) - logits.gather(-1, ids[start + 1 : end + 1, None])[:, 0]).cpu())
     return torch.cat(parts)
@@ -84,8 +85,8 @@ class Reader:
                 return None
             chunk = tokens[:, start : start + self._chunk_size]
             # Nothing is scored on the way: the logits of one position are enough.
-            output = self.model(input_ids=chunk, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-            self._cache = output.past_key_values
+            output = self.model(input_ids=chunk, use_cache=True, logits_to_keep=1, **{CACHE: self._cache})
+            self._cache = getattr(output, CACHE)
             self.ids += chunk[0].tolist()
         assert output is not None, "nothing to read"
         return output.logits[0, -1].float().log_softmax(-1)
@@ -165,7 +166,7 @@ class Reader:
                 layer.keys = layer.keys.expand(len(paths), *layer.keys.shape[1:])
                 layer.values = layer.values.expand(len(paths), *layer.values.shape[1:])
         output = self.model(
-            input_ids=tokens.to(device_of(self.model)), past_key_values=branches, use_cache=True, logits_to_keep=width
+            input_ids=tokens.to(device_of(self.model)), use_cache=True, logits_to_keep=width, **{CACHE: branches}
         )
         log_probs = output.logits.float().log_softmax(-1)
         return [log_probs[row, : len(path)] for row, path in enumerate(paths)]

@@ -3,13 +3,9 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from difftune.modeling.configuration import DiffTransformerConfig
-from difftune.modeling.modeling import (
-    DiffCausalLMOutput,
-    DiffTransformerForCausalLM,
-    DiffTransformerModel,
-    cast_weights,
-    count_parameters,
-)
+from difftune.modeling.modeling import DiffTransformerForCausalLM, DiffTransformerModel
+from difftune.modeling.outputs import DiffCausalLMOutput
+from difftune.modeling.weights import cast_weights, count_parameters
 
 AutoConfig.register("difftune", DiffTransformerConfig, exist_ok=True)
 AutoModel.register(DiffTransformerConfig, DiffTransformerModel, exist_ok=True)

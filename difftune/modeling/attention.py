@@ -13,6 +13,7 @@ from difftune.modeling.configuration import DiffTransformerConfig
 from difftune.modeling.lambdas import LambdaV1, LambdaV2, lambda_init_at
 from difftune.modeling.layers import RMSNorm, SubLayerNorm
 from difftune.ops import ContextShard, Documents, diff_attention, rotate, softmax_attention
+from difftune.ops.reference import reference_maps, reference_softmax_maps
 
 
 class AttentionContext(NamedTuple):
@@ -23,6 +24,8 @@ class AttentionContext(NamedTuple):
     documents: Documents | None = None
     cache: Cache | None = None
     shard: ContextShard | None = None
+    maps: list[torch.Tensor] | None = None
+    """Where each layer puts its softmax maps; None: nobody asked for them."""
 
 
 class Attention(nn.Module):
@@ -60,6 +63,8 @@ class Attention(nn.Module):
         if cache is None:
             return k, v
         seen = int(cache.get_seq_length(self.layer_idx)) + k.shape[1]
+        if seen > k.shape[1]:
+            _regroup(cache, self.layer_idx, k.shape[2])
         k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         # A static cache returns all of its slots, also those not yet written.
         return k[:, :, :seen].transpose(1, 2), v[:, :, :seen].transpose(1, 2)
@@ -76,11 +81,40 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """``attention`` over what each query may see, also where other processes hold a part of it."""
         options["backend"] = self.config.attention_backend
+        if context.maps is not None:
+            context.maps.append(_softmax_maps(q, k, context))
         if context.shard is not None:
             return context.shard.attend(attention, q, *context.shard.gather(k, v), *lam, **options)
         return attention(
             q, k, v, *lam, key_padding_mask=context.key_padding_mask, cu_seqlens=context.documents, **options
         )
+
+
+def _regroup(cache: Cache, layer_idx: int, groups: int) -> None:
+    """Lay out keys and values of a cache by the groups of the model, in place.
+
+    PEFT's prefix tuning makes them by ``num_key_value_heads`` and ``head_dim`` of the config. A group of V1 holds two
+    such heads side by side, and what a prefix holds is learned, so any order that stays the same will do.
+    """
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(getattr(cache, "layers", ())) else None
+    if layer is not None and layer.keys.shape[1] != groups:
+        for name in ("keys", "values"):
+            heads = getattr(layer, name).unflatten(1, (groups, -1))
+            setattr(layer, name, heads.transpose(2, 3).flatten(3))
+
+
+def _softmax_maps(q: torch.Tensor, k: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    """All softmax maps of a layer, ``(B, N, T, S)``, from the equation; those of a pair stand side by side.
+
+    Raises:
+        ValueError: If rows are shared by several processes.
+    """
+    if context.shard is not None:
+        raise ValueError("output_attentions needs whole rows: it is not there where devices share them")
+    options: dict[str, Any] = {"key_padding_mask": context.key_padding_mask, "documents": context.documents}
+    if q.ndim == 4:
+        return reference_softmax_maps(q, k, **options)
+    return torch.stack(reference_maps(q, k, **options), dim=2).flatten(1, 2)
 
 
 class DiffAttentionV1(Attention):

@@ -62,7 +62,14 @@ class DiffTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "difftune"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # What the evaluation of transformers' Trainer leaves out of its predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "cache",
+        "loss_sum",
+        "num_label_tokens",
+        "last_hidden_state",
+    ]
     default_theta = 10000.0
 
     vocab_size: int = 32000

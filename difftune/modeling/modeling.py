@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +10,16 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from difftune.modeling.attention import AttentionContext, build_attention
+from difftune.modeling.compat import CACHE, one_cache
 from difftune.modeling.configuration import DiffTransformerConfig
+from difftune.modeling.inputs import check_shard, count_positions, find_documents, key_padding_mask
 from difftune.modeling.lambdas import LambdaV1
 from difftune.modeling.layers import RMSNorm, SwiGLU, build_rotary
+from difftune.modeling.outputs import DiffCausalLMOutput
 from difftune.ops import ContextShard, Documents, linear_cross_entropy
-
-
-@dataclass
-class DiffCausalLMOutput(CausalLMOutputWithPast):
-    """Output of a forward: with labels the loss and no logits, without labels the logits.
-
-    Attributes:
-        loss: Mean cross entropy a label token in nats (``loss_sum`` over ``num_items_in_batch`` where given).
-        loss_sum: Sum over the label tokens, shape ``()``.
-        num_label_tokens: How many there are, int64, shape ``()``.
-        last_hidden_state: With labels, what the head is applied to, shape ``(B, T, C)``: for other losses of it.
-    """
-
-    loss_sum: torch.Tensor | None = None
-    num_label_tokens: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -61,7 +47,7 @@ class DiffTransformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules: list[str] | None = ["DecoderLayer"]
-    _skip_keys_device_placement: list[str] | None = ["past_key_values"]
+    _skip_keys_device_placement: list[str] | None = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict: list[str] | None = ["lambda_full"]
     # Backends are chosen by config.attention_backend; transformers' own dispatch is not used.
     _supports_sdpa = True
@@ -101,46 +87,68 @@ class DiffTransformerModel(DiffTransformerPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | Documents | None = None,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         shard: ContextShard | None = None,
-    ) -> BaseModelOutputWithPast:
+        cache: Cache | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states after the final norm; arguments as :meth:`DiffTransformerForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        documents = Documents(cu_seqlens) if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
-        if documents is not None:
-            documents.check(*x.shape[:2])
+        cache = one_cache(cache, past_key_values)
+        # With a mask, a cache or a shard, positions that begin anew are not those of packed documents.
+        tells = attention_mask is None and cache is None and shard is None
+        boundaries = (cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
+        documents = find_documents(x, *boundaries, position_ids if tells else None)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if shard is not None:
-            _check_shard(shard, x, use_cache, attention_mask, position_ids, documents)
+            check_shard(shard, x, use_cache, attention_mask, position_ids, documents)
         if documents is not None or (self.gradient_checkpointing and self.training):
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("a cache cannot be used with packed documents or gradient checkpointing")
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = int(cache.get_seq_length()) if cache is not None else 0
         if position_ids is None:
-            position_ids = _positions(x, past, documents)
+            position_ids = count_positions(x, past, documents)
+        wants = {
+            name: getattr(self.config, name) if given is None else given
+            for name, given in (
+                ("output_attentions", output_attentions),
+                ("output_hidden_states", output_hidden_states),
+                ("return_dict", return_dict),
+            )
+        }
+        maps: list[torch.Tensor] = []
         context = AttentionContext(
             rotary=self.rotary_emb(x, position_ids=position_ids),
-            key_padding_mask=_key_padding_mask(attention_mask, x.shape[0], x.shape[1], past),
+            key_padding_mask=key_padding_mask(attention_mask, x.shape[0], x.shape[1], past),
             documents=documents,
-            cache=past_key_values,
+            cache=cache,
             shard=shard,
+            maps=maps if wants["output_attentions"] else None,
         )
         hidden_states: tuple[torch.Tensor, ...] = (x,)
         for layer in self.layers:
             x = layer(x, context)
-            if output_hidden_states:
+            if wants["output_hidden_states"]:
                 hidden_states += (x,)
         x = self.norm(x)
-        return BaseModelOutputWithPast(
+        output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            **{CACHE: cache},
+            hidden_states=(*hidden_states[:-1], x) if wants["output_hidden_states"] else None,
+            attentions=tuple(maps) if wants["output_attentions"] else None,
         )
+        return output if wants["return_dict"] else output.to_tuple()
 
 
 class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin):
@@ -175,64 +183,116 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | Documents | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         z_loss: float = 0.0,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         shard: ContextShard | None = None,
-    ) -> DiffCausalLMOutput:
+        cache: Cache | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> DiffCausalLMOutput | tuple[Any, ...]:
         """Run the model.
 
         Args:
             input_ids: Tokens, shape ``(B, T)``.
             attention_mask: 1 where a token is real, shape ``(B, past + T)``; masks of more axes are refused. Padding
                 on the right costs nothing: the causal mask hides it.
-            position_ids: Shape ``(B, T)``. Default: counted on from the cache, or from 0 in each document.
+            position_ids: Shape ``(B, T)``. Default: counted on from the cache, or from 0 in each document. Without a
+                mask and a cache, packed documents begin where they do not count on.
             past_key_values: A transformers cache.
             inputs_embeds: Embeddings instead of tokens, shape ``(B, T, C)``.
             labels: Same positions as ``input_ids``, -100 where not learned, shape ``(B, T)``: the model shifts.
             use_cache: Whether to return a cache. Default: the config's, never with labels or documents.
             cu_seqlens: Cumulative lengths of packed documents over the flattened ``B * T`` tokens.
-            logits_to_keep: Compute the logits of the last so many positions only; 0 is all.
+            logits_to_keep: Compute the logits of the last so many positions only, or of the positions in a tensor; 0
+                is all.
             num_items_in_batch: Divide the loss by this count of label tokens instead of this batch's own.
             z_loss: Weight of the squared log-partition in the loss.
+            output_attentions: Return the softmax maps of each layer, ``(B, num_attention_heads, T, S)``, from the
+                equation: memory of T x S. Maps ``2h`` and ``2h + 1`` are the pair of differential head h, and what it
+                attends by is the first minus lambda times the second.
             output_hidden_states: Return the hidden states after the embedding and each layer, the last normed.
-            return_dict: Must stay True; a tuple would lose the names.
+            return_dict: False gives a tuple of what is not None. Default: the config's.
             shard: The part of longer rows that this process has. Then ``input_ids``, ``position_ids`` and ``labels``
                 are those of its tokens, labels already shifted, since the next token may lie on another process;
                 documents are in the shard, and there is no cache.
+            cache: ``past_key_values`` by the name that transformers gives it from 5.24 on.
+            cu_seq_lens_q: ``cu_seqlens`` by transformers' name; ``cu_seq_lens_k`` must be equal.
+            cu_seq_lens_k: See there.
+            max_length_q: Not needed: follows from the boundaries. So does ``max_length_k``.
+            max_length_k: See there.
+            seq_idx: Number of the document of each token, shape ``(B, T)``: another way to say where they begin.
 
         Returns:
-            With labels: ``loss``, ``loss_sum``, ``num_label_tokens`` and no logits, which are never held whole.
-            Without: ``logits`` of shape ``(B, T, V)``, and ``past_key_values``.
+            With labels: ``loss``, ``loss_sum``, ``num_label_tokens``; logits are computed if they are read, and never
+            held whole otherwise. Without: ``logits`` of shape ``(B, T, V)``, and the cache.
 
         Raises:
             ValueError: If arguments exclude one another, or a mask does not fit.
         """
-        if not return_dict:
-            raise ValueError("return_dict=False is not supported: outputs are read by name")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
             cu_seqlens=cu_seqlens,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             shard=shard,
+            cache=one_cache(cache, past_key_values),
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
         )
         hidden = outputs.last_hidden_state
-        common = {"past_key_values": outputs.past_key_values, "hidden_states": outputs.hidden_states}
+        common = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
         if labels is None:
-            return DiffCausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]), **common)
-        targets = shift_labels(labels) if shard is None else labels
-        loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, targets, z_loss=z_loss)
-        loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        return DiffCausalLMOutput(
-            loss=loss, loss_sum=loss_sum, num_label_tokens=count, last_hidden_state=hidden, **common
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output = DiffCausalLMOutput(logits=self.lm_head(hidden[:, kept]), **common)
+        else:
+            targets = shift_labels(labels) if shard is None else labels
+            loss_sum, count = linear_cross_entropy(hidden, self.lm_head.weight, targets, z_loss=z_loss)
+            loss = loss_sum / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            output = DiffCausalLMOutput(
+                loss=loss, loss_sum=loss_sum, num_label_tokens=count, last_hidden_state=hidden, **common
+            ).compute_logits_by(self.lm_head)
+        if self.config.return_dict if return_dict is None else return_dict:
+            return output
+        if labels is None:
+            return output.to_tuple()
+        # In the order of transformers' models: a reader of a tuple cannot say later that it wants logits.
+        rest = (value for name, value in output.items() if name in (CACHE, "hidden_states", "attentions"))
+        return (output.loss, output.logits, *rest)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers; the cache by its older name, under which PEFT (0.21) looks for it to add a prefix."""
+        mixin: Any = super()  # whose annotation of self no class of a model fits
+        inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    def generate_batch(self, *unused: Any, **options: Any) -> Any:
+        """Refuse transformers' continuous batching, which calls attention kernels of one map a head.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"generate_batch (continuous batching) is not there for {self.config.attention} models of difftune: its "
+            "paged cache and kernels hold one softmax map a head; call generate(), or difftune generate, on a batch"
         )
+
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
 
     def extend_context(
         self, *, max_position_embeddings: int | None = None, rope_parameters: dict[str, Any] | None = None
@@ -319,64 +379,3 @@ def recompute_blocks(model: DiffTransformerForCausalLM, *, every: int = 1) -> No
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Labels ``(B, T)`` moved to where they are predicted: ``t`` gets that of ``t + 1``, the last none (-100)."""
     return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
-
-
-def _check_shard(
-    shard: ContextShard,
-    x: torch.Tensor,
-    use_cache: bool,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    documents: Documents | None,
-) -> None:
-    expected = (shard.rows, len(shard.tokens))
-    if tuple(x.shape[:2]) != expected or position_ids is None:
-        raise ValueError(
-            f"a shard of {expected[0]} rows with {expected[1]} tokens each needs so many input_ids, and position_ids, "
-            f"got {tuple(x.shape[:2])} and {'none' if position_ids is None else tuple(position_ids.shape)}"
-        )
-    if use_cache or attention_mask is not None or documents is not None:
-        raise ValueError("with a shard there is no cache and no mask, and documents are given to the shard itself")
-
-
-def _positions(x: torch.Tensor, past: int, documents: Documents | None) -> torch.Tensor:
-    if documents is None:
-        return torch.arange(past, past + x.shape[1], device=x.device)[None]
-    starts = documents.cu_seqlens[:-1].long().to(x.device)
-    positions = torch.arange(documents.num_tokens, device=x.device) - starts[documents.document_ids]
-    return positions.view(x.shape[0], -1)
-
-
-def _key_padding_mask(mask: torch.Tensor | None, rows: int, length: int, past: int) -> torch.Tensor | None:
-    """The mask that attention still needs, or None: padding on the right is hidden by the causal mask already."""
-    if mask is None:
-        return None
-    if mask.ndim != 2 or tuple(mask.shape) != (rows, past + length):
-        raise ValueError(
-            f"attention_mask must have shape ({rows}, {past + length}), 1 where a token is real, "
-            f"got {tuple(mask.shape)}; for packed documents give cu_seqlens"
-        )
-    real = mask.bool()
-    right_padded = past == 0 and bool((real[:, 1:] <= real[:, :-1]).all())
-    return None if right_padded or bool(real.all()) else real
-
-
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the floating-point weights in place, but lambda, which stays in float32; returns the model."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and "lambda_full" not in name:
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model: ``total``, ``trainable``, and ``lambda`` (those of the lambda modules).
-
-    Under an adapter, a module that is trained whole counts once, without its frozen original.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
-    return {
-        "total": sum(p.numel() for _, p in named),
-        "trainable": sum(p.numel() for _, p in named if p.requires_grad),
-        "lambda": sum(p.numel() for name, p in named if "lambda_full" in name),
-    }

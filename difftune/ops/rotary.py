@@ -14,7 +14,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: Heads, shape ``(B, T, ..., D)``.
-        cos: Cosines, shape ``(B or 1, T, D)``, of which the two halves are equal; dtype of ``x``.
+        cos: Cosines, shape ``(B or 1, T, D)``, of which the two halves are equal; dtype of ``x`` or wider, as under
+            autocast, where the embeddings are float32 and the projections are not.
         sin: Sines, likewise.
 
     Returns:
@@ -58,4 +59,5 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: i
     # Not into the halves of one tensor through out=: torch.compile gives wrong numbers for that (torch 2.13).
     left = torch.addcmul(first * cos, second, sin, value=-direction)
     right = torch.addcmul(second * cos, first, sin, value=direction)
-    return torch.cat((left, right), dim=-1)
+    # Rounded last, and back to what came in: attention kernels refuse queries that are wider than their values.
+    return torch.cat((left, right), dim=-1).to(x.dtype)

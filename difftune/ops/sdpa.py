@@ -96,7 +96,8 @@ def forms_difference_first(
     """Whether :func:`few_queries` is the faster way: decoding on the CPU, where the maps are small and V is large."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, lam))
     # Half precision would round the logits.
-    fits = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and documents is None
+    alike = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.float64)
+    fits = q.device.type == "cpu" and alike and documents is None
     return fits and not learns and q.shape[1] <= _FEW_QUERIES < k.shape[1]
 
 
@@ -116,6 +117,20 @@ def few_queries(
     Arguments as `difftune.ops.diff_attention`, inside :func:`forms_difference_first`.
     """
     assert documents is None
+    # In the dtype of the inputs: autocast would round the logits.
+    with torch.autocast(q.device.type, enabled=False):
+        return _few_queries(q, k, v, lam, causal, key_padding_mask, scale)
+
+
+def _few_queries(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lam: torch.Tensor,
+    causal: bool,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     (_B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
     # Query heads of a group are rows of one product, so that its keys are read once.
     q_BGPRD = (q * scale).unflatten(2, (G, H // G)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
@@ -131,7 +146,7 @@ def few_queries(
     else:
         hidden = ~mask.repeat_interleave(H // G, dim=1)[:, None, None]
         # Finite, so that a row that sees no key is not NaN before it is zeroed.
-        lowest = torch.finfo(q.dtype).min
+        lowest = torch.finfo(logits_BGPRS.dtype).min
         maps = logits_BGPRS.masked_fill_(hidden, lowest).softmax(-1).masked_fill_(hidden, 0.0)
     if lam.ndim == 3:
         lam = lam.unflatten(2, (G, H // G)).permute(0, 2, 1, 3).flatten(2)[..., None]

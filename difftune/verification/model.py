@@ -10,6 +10,7 @@ import torch
 
 from difftune.modeling import DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.cache import build_cache
+from difftune.modeling.compat import CACHE
 from difftune.verification.budget import deviation, wider
 from difftune.verification.claim import Claim, judged
 
@@ -94,7 +95,7 @@ def _cached(model: DiffTransformerForCausalLM, texts: list[torch.Tensor]) -> lis
     parts = []
     for first, last in [(0, start), *((at, at + 1) for at in range(start, input_ids.shape[1]))]:
         output = model(
-            input_ids=input_ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache, use_cache=True
+            input_ids=input_ids[:, first:last], attention_mask=mask[:, :last], use_cache=True, **{CACHE: cache}
         )
         parts.append(_logits(output))
     logits = torch.cat(parts, dim=1)

@@ -13,6 +13,7 @@ from difftune.data.labelled import LabelledText
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.demonstrations import Template, arrange, select
 from difftune.evaluation.many_shot import ManyShotTask
+from difftune.modeling.compat import CACHE
 from tests.evaluation.scripted import tiny_model
 
 TOKENIZER = build_tokenizer("digits")
@@ -41,9 +42,9 @@ class Classifier(nn.Module):
         self.rule, self.read = rule, 0
 
     def forward(
-        self, input_ids: torch.Tensor, past_key_values: Ids | None, use_cache: bool, logits_to_keep: int
+        self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int, **given: Ids | None
     ) -> SimpleNamespace:
-        cache = past_key_values or Ids()
+        cache = given[CACHE] or Ids()
         logits = torch.zeros(len(input_ids), logits_to_keep, 102)
         for row, new in enumerate(input_ids.tolist()):
             for kept in range(logits_to_keep):
@@ -53,7 +54,7 @@ class Classifier(nn.Module):
                     logits[row, kept, token] = 9.0
         cache.ids = [*cache.ids, *input_ids[0].tolist()]
         self.read += input_ids.numel()
-        return SimpleNamespace(logits=logits, past_key_values=cache)
+        return SimpleNamespace(logits=logits, **{CACHE: cache})
 
     def next_token(self, ids: list[int]) -> int | None:
         *shown, asked = TOKENIZER.decode(ids).split("\n==\n")

@@ -10,6 +10,7 @@ from torch import nn
 from difftune.data.texts import load_texts
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.nll import DocumentNll, NllTask
+from difftune.modeling.compat import CACHE
 from tests.evaluation.scripted import tiny_model
 
 TOKENIZER = build_tokenizer("digits")
@@ -23,14 +24,14 @@ class Sure(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.truth, self.probability = truth, probability
 
-    def forward(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> SimpleNamespace:
-        past = past_key_values or 0
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, **given: int | None) -> SimpleNamespace:
+        past = given[CACHE] or 0
         logits = torch.empty(1, input_ids.shape[1], 102)
         for at in range(input_ids.shape[1]):
             share = self.probability(past + at + 1)
             logits[0, at] = math.log((1 - share) / 101)
             logits[0, at, self.truth[past + at + 1]] = math.log(share)
-        return SimpleNamespace(logits=logits, past_key_values=past + input_ids.shape[1])
+        return SimpleNamespace(logits=logits, **{CACHE: past + input_ids.shape[1]})
 
 
 def test_the_curve_is_that_of_a_hand_made_model() -> None:

@@ -1,10 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.modeling.attention import Attention
+from difftune.modeling.compat import CACHE
+from difftune.ops import rotate
 from tests.modeling.test_attention import KINDS, build
 
 
@@ -52,7 +55,7 @@ def test_softmax_equals_llama(kv_heads, tied, dtype, budget, monkeypatch):
     x = tokens(2, 20)
     assert (ours(x).logits - llama(x).logits).abs().max() <= budget
     first = ours(x[:, :11], use_cache=True)
-    rest = ours(x[:, 11:], past_key_values=first.past_key_values).logits
+    rest = ours(x[:, 11:], **{CACHE: getattr(first, CACHE)}).logits
     assert (rest - llama(x).logits[:, 11:]).abs().max() <= budget
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(ours.generate(x, **options), llama.generate(x, **options))
@@ -127,7 +130,7 @@ def test_loss_equals_plain_cross_entropy_and_keeps_no_logits(kind):
     out = model(x, labels=labels)
     expected = F.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
-    assert out.logits is None and out.num_label_tokens == (labels[:, 1:] != -100).sum()
+    assert "logits" not in out and out.num_label_tokens == (labels[:, 1:] != -100).sum()
     torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=100).loss, out.loss_sum / 100)
 
 
@@ -210,7 +213,16 @@ def test_extending_the_context_equals_building_with_it():
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must have shape \(1, 4\)"),
         ({"inputs_embeds": torch.zeros(1, 4, 64)}, "exactly one of input_ids and inputs_embeds"),
         ({"cu_seqlens": torch.tensor([0, 2])}, "ends at 2, but the batch holds 1 x 4 = 4 tokens"),
-        ({"return_dict": False}, "return_dict=False is not supported"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4])}, "cu_seq_lens_q and cu_seq_lens_k must both be there"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 1, 4])},
+            "must both be there and equal",
+        ),
+        (
+            {name: torch.tensor([0, 4]) for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")},
+            "two names of one argument",
+        ),
+        ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "cache and past_key_values are two names"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
@@ -223,3 +235,140 @@ def test_a_cache_is_refused_with_packed_documents():
     cache = model(tokens(1, 4), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="a cache cannot be used with packed documents"):
         model(tokens(1, 4), past_key_values=cache, cu_seqlens=torch.tensor([0, 4]))
+
+
+def test_an_argument_that_nobody_knows_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match="cache_positions"):
+        build("diff_v2")(tokens(1, 4), cache_positions=None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_none_means_the_default_as_peft_passes_it(kind):
+    model, x = build(kind), tokens(2, 6)
+    names = ("attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states", "return_dict")
+    out = model(x, **dict.fromkeys(names))
+    assert torch.equal(out.logits, model(x).logits) and out.attentions is None and out.hidden_states is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_is_taken_under_both_of_its_names(kind, name):
+    model, x = build(kind), tokens(2, 9)
+    held = getattr(model(x[:, :5], use_cache=True), CACHE)
+    rest = model(x[:, 5:], **{name: held}).logits
+    torch.testing.assert_close(rest, model(x).logits[:, 5:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_generates_on_from_a_cache(kind):
+    model, x = build(kind), tokens(2, 9)
+    held = getattr(model(x[:, :5], use_cache=True), CACHE)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(x, **{CACHE: held}, **options), model.generate(x, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_are_known_by_every_name_that_trainers_use(kind):
+    model, x = build(kind), tokens(2, 8)
+    labels = x.clone()
+    ends = torch.tensor([0, 3, 8, 14, 16], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, 3, 3]])
+    expected = model(x, labels=labels, cu_seqlens=ends).loss
+    assert not torch.isclose(expected, model(x, labels=labels).loss)
+    for given in (
+        {"position_ids": positions},
+        {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 6, "max_length_k": 6},
+        {"seq_idx": numbers},
+        {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "position_ids": positions, "seq_idx": numbers},
+    ):
+        torch.testing.assert_close(model(x, labels=labels, **given).loss, expected)
+
+
+def test_positions_that_begin_anew_are_no_documents_where_a_mask_or_a_cache_says_what_is_seen():
+    model, x = build("diff_v2"), tokens(1, 6)
+    mask, positions = torch.tensor([[0, 0, 1, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 2, 3]])
+    alone = model(x[:, 2:]).logits
+    torch.testing.assert_close(model(x, attention_mask=mask, position_ids=positions).logits[:, 2:], alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tuple_has_what_transformers_models_give_in_their_order(kind):
+    model, x = build(kind), tokens(2, 6)
+    plain = model(x, output_hidden_states=True)
+    logits, cache, hidden = model(x, output_hidden_states=True, return_dict=False)
+    assert torch.equal(logits, plain.logits) and cache.get_seq_length() == 6 and len(hidden) == 3
+    loss, logits = model(x, labels=x, return_dict=False)
+    assert torch.equal(loss, model(x, labels=x).loss)
+    torch.testing.assert_close(logits, plain.logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_maps_are_those_of_the_equation(kind):
+    model, x = build(kind), tokens(2, 6)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    maps = model(x, attention_mask=mask, output_attentions=True).attentions
+    assert len(maps) == 2 and all(one.shape == (2, model.config.num_attention_heads, 6, 6) for one in maps)
+    for one in maps:
+        sums = one.sum(-1)
+        torch.testing.assert_close(sums[1], torch.ones_like(sums[1]))
+        assert not one.triu(1).any() and not one[0, :, :, 0].any() and not one[0, :, 0].any()
+    # A map of the pair each: the softmax map of the projections of that head, computed here.
+    attention = model.model.layers[0].self_attn
+    if kind == "softmax":
+        return
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(x))
+    cos, sin = model.model.rotary_emb(hidden, position_ids=torch.arange(6)[None])
+    size = model.config.head_dim
+    for p, (q_name, k_name) in enumerate((("q1_proj", "k1_proj"), ("q2_proj", "k2_proj"))):
+        k_name = k_name if kind == "diff_v1" else "k_proj"
+        q, k = (
+            rotate(getattr(attention, name)(hidden).unflatten(-1, (-1, size)), cos, sin) for name in (q_name, k_name)
+        )
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        logits = torch.einsum("btnd,bsnd->bnts", q, k) * size**-0.5
+        expected = logits.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf).softmax(-1)
+        torch.testing.assert_close(maps[0][1, p::2], expected[1])
+
+
+def test_continuous_batching_is_refused_with_the_reason():
+    model = build("diff_v2")
+    for call in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
+        with pytest.raises(ValueError, match=r"generate_batch .* is not there for diff_v2 models.*call generate\(\)"):
+            call([[1, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_padded_texts_are_generated_as_they_are_alone(kind, dtype):
+    model, x = build(kind), tokens(2, 7)
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    with torch.autocast("cpu", dtype=dtype):
+        padded = model(x, attention_mask=mask).logits
+        alone = model(x[:1, 3:]).logits
+        cached = model(x[:, :6], attention_mask=mask[:, :6], use_cache=True)
+        last = model(x[:, 6:], attention_mask=mask, **{CACHE: getattr(cached, CACHE)}).logits
+        texts = model.generate(x, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert texts.shape == (2, 11) and padded.isfinite().all()
+    budget = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps * float(padded.abs().max())}
+    torch.testing.assert_close(padded[:1, 3:], alone, **budget)
+    torch.testing.assert_close(last, padded[:, 6:], **budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_the_operator_gets_one_dtype(kind, dtype, monkeypatch):
+    # Kernels refuse queries that are wider than their values.
+    seen = []
+
+    def watch(self, attention, context, *tensors, **options):
+        seen.append({tensor.dtype for tensor in tensors[:3]})
+        return original(self, attention, context, *tensors, **options)
+
+    original = Attention._attend
+    monkeypatch.setattr(Attention, "_attend", watch)
+    with torch.autocast("cpu", dtype=dtype):
+        build(kind, qk_norm=True)(tokens(1, 5))
+        build(kind)(tokens(1, 5))
+    assert len(seen) == 4 and all(dtypes == {dtype} for dtypes in seen)

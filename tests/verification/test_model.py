@@ -36,7 +36,7 @@ def test_documents_that_see_one_another_are_found(monkeypatch):
 
 
 def test_padding_that_is_seen_is_found(monkeypatch):
-    monkeypatch.setattr(modeling, "_key_padding_mask", lambda *arguments: None)
+    monkeypatch.setattr(modeling, "key_padding_mask", lambda *arguments: None)
     found = states(build())
     assert found["batch with padding = alone"] == "fails" and found["packed = alone"] == "holds"
 
