@@ -1,4 +1,4 @@
-"""Single values against the constraints of their field: the one place where a recipe's numbers and paths are checked."""
+"""Single values against the constraints of their field: where the numbers and paths of a recipe are checked."""
 
 import math
 from typing import Any

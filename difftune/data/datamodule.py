@@ -1,6 +1,7 @@
 """The training data as Lightning sees it: prepared once, one endless stream, resumable anywhere."""
 
 import logging
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -231,6 +232,8 @@ class SFTDataModule(pl.LightningDataModule):
             num_workers=self._num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
+            # A terminal sends Ctrl-C to them too: the step that is being worked on still needs its batches.
+            worker_init_fn=_ignore_interrupt,
         )
 
     def total_batches(self, world_size: int | None = None) -> int | None:
@@ -341,3 +344,7 @@ class SFTDataModule(pl.LightningDataModule):
         # `completed` is one short in on_train_batch_end, where checkpoints are saved.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return progress.processed
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -137,6 +137,11 @@ class ScheduledEvaluation(Callback):
         if self.at_end and self._evaluated_step != trainer.global_step and not stopped:
             self._evaluate(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a run owes that was stopped in its last evaluation: no step follows, and no hook of the training."""
+        if self._pending and not gather_parts([], self._is_stopped(), 0.0, None).stopped:
+            self._evaluate(trainer, pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the grading processes."""
         for task in self.tasks:

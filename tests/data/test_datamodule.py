@@ -1,4 +1,6 @@
 import logging
+import os
+import signal
 from itertools import islice, pairwise
 from types import SimpleNamespace
 
@@ -323,3 +325,12 @@ def test_real_gsm8k_is_masked_and_packed(byte_tokenizer):
         assert learned.count("<|eos|>") == learned.count("\n#### ") > 0
         assert "<|user|>" not in learned and "<<" not in learned
     assert data.stats.kept + sum(data.stats.dropped.values()) == 300
+
+
+def test_ctrl_c_leaves_the_processes_that_make_batches_alone(digits):
+    loader = build(digits, num_workers=1).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert sum(1 for _ in islice(batches, 20)) == 20

@@ -1,6 +1,7 @@
 import json
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from difftune.data.problems import load_problems
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.callback import ScheduledEvaluation
 from difftune.evaluation.math import MathTask
+from difftune.training.preemption import Preemption
 from tests.clock import Clock
 from tests.evaluation.scripted import tiny_model
 from tests.ranks import run_ranks
@@ -286,6 +288,38 @@ def test_a_stopped_evaluation_is_dropped_and_made_up_for_after_resuming(tmp_path
     resumed = ScheduledEvaluation([Resumed()], TOKENIZER, every_n_steps=2)
     fit(resumed, tmp_path, module, ckpt_path=str(tmp_path / "four.ckpt"))
     assert steps(module) == [4, 6, 8], "made up for at 4, and no evaluation of step 0 again"
+
+
+def test_an_evaluation_stopped_before_the_first_step_is_made_up_for_at_step_0(tmp_path: Path) -> None:
+    stopped = Training(tiny_model())
+    preemption = Preemption()
+
+    class StopNow(FakeTask):
+        def run(self, *args: Any, **settings: Any) -> list[FakeSample]:
+            preemption.signum = signal.SIGTERM
+            return super().run(*args, **settings)
+
+    evaluation = ScheduledEvaluation([StopNow()], TOKENIZER, should_stop=preemption.is_preempted)
+    fit(evaluation, tmp_path, stopped, callbacks=[preemption])
+    assert (steps(stopped), stopped.trainer.global_step) == ([], 0), "no step before the evaluation of step 0"
+
+
+def test_an_evaluation_stopped_after_the_last_step_is_made_up_for(tmp_path: Path) -> None:
+    stop = False
+
+    class StopAtTheEnd(FakeTask):
+        def run(self, *args: Any, **settings: Any) -> list[FakeSample]:
+            nonlocal stop
+            stop = True
+            return super().run(*args, **settings)
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=4, filename="last")
+    stopping = ScheduledEvaluation([StopAtTheEnd()], TOKENIZER, before=False, should_stop=lambda: stop)
+    first = fit(stopping, tmp_path, callbacks=[saving], enable_checkpointing=True, max_steps=4)
+    resumed = fit(
+        ScheduledEvaluation([FakeTask()], TOKENIZER), tmp_path, max_steps=4, ckpt_path=str(tmp_path / "last.ckpt")
+    )
+    assert (steps(first), steps(resumed)) == ([], [4])
 
 
 def test_a_resumed_run_goes_on_with_its_schedule(tmp_path: Path) -> None:

@@ -71,11 +71,11 @@ def test_a_signal_to_the_second_of_two_ranks_stops_both(tmp_path):
 class Signal(Callback):
     """Signals this process during the third optimiser step, and looks at Lightning's own flag."""
 
-    def __init__(self, number):
-        self.number, self.lightning_saw = number, None
+    def __init__(self, number, batch=4):
+        self.number, self.batch, self.lightning_saw = number, batch, None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 4:
+        if batch_idx == self.batch:
             os.kill(os.getpid(), self.number)
 
     def on_train_end(self, trainer, pl_module):
@@ -102,7 +102,47 @@ def test_a_signal_before_training_is_not_lost(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         trainer = build_trainer([preemption, Checkpointing(tmp_path)])
         trainer.fit(build_module(), ToyData())
-    assert trainer.global_step == 1 and preemption.exit_code == 143
+    assert trainer.global_step == 0 and preemption.exit_code == 143
+    assert find_resumable(tmp_path) is None, "nothing was trained: the run begins anew"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_first_ctrl_c_saves_as_sigterm_does(tmp_path, steps):
+    before = signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        assert signal.getsignal(signal.SIGINT) == before, "until a Trainer works, Ctrl-C ends at once"
+        trainer = build_trainer([Signal(signal.SIGINT, steps), preemption, Checkpointing(tmp_path)])
+        trainer.fit(build_module(), ToyData())
+        assert signal.getsignal(signal.SIGINT) == before, "and after it again"
+    assert trainer.global_step == steps + 1 == step_of(find_resumable(tmp_path))
+    assert preemption.exit_code == 130
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_sigterm_before_it_does_not_count(tmp_path, monkeypatch):
+    with Preemption() as preemption:
+        preemption._note(signal.SIGTERM, None)
+        preemption._note(signal.SIGINT, None)
+        with pytest.raises(KeyboardInterrupt):
+            preemption._note(signal.SIGINT, None)
+    assert preemption.exit_code == 143, "what came first"
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with Preemption() as preemption:
+        preemption._note(signal.SIGINT, None)
+        preemption._note(signal.SIGINT, None)  # the launcher hands on what the rank has got already
+        assert preemption.exit_code == 130
+        monkeypatch.setattr("difftune.training.preemption._FORWARDED_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            preemption._note(signal.SIGINT, None)
+
+
+def test_a_signal_before_the_first_resumed_step_takes_no_step(tmp_path):
+    build_trainer([Checkpointing(tmp_path)], max_steps=3).fit(build_module(), ToyData())
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        trainer = build_trainer([preemption, Checkpointing(tmp_path)])
+        trainer.fit(build_module(), ToyData(), ckpt_path=find_resumable(tmp_path))
+    assert trainer.global_step == 3 == step_of(find_resumable(tmp_path))
 
 
 def test_without_a_signal_there_is_no_exit_code():
