@@ -128,7 +128,10 @@ def _run(found: Invocation) -> int:
     elif command == "evaluate":
         run.evaluate(config, out=Path(out) if out else None)
     elif command == "generate":
-        run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
+        prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
+        if not all(prompt.strip() for prompt in prompts):
+            raise UsageError("--prompt is empty: give a text, or - and the text on standard input")
+        run.generate(config, prompts=prompts)
     else:
         assert out is not None
         run.export(config, out=Path(out), overwrite="overwrite" in found.flags)

@@ -58,7 +58,10 @@ def settle_strategies(config: Config, architecture: DiffTransformerConfig) -> Co
         )
         for stage in stages
     ]
-    return dataclasses.replace(config, stages=resolved)
+    config = dataclasses.replace(config, stages=resolved)
+    if not is_sharded(config):
+        _require_memory(config, architecture)
+    return config
 
 
 def is_sharded(config: Config) -> bool:
@@ -121,6 +124,18 @@ def _settle(config: Config, stage: StageConfig, architecture: DiffTransformerCon
     if problems:
         raise ValueError("\n  ".join([f"strategy fsdp, for {choice.reason}:", *problems]))
     return choice.name
+
+
+def _require_memory(config: Config, architecture: DiffTransformerConfig) -> None:
+    """Refuse a model that one process holds whole, and whose weights alone are more than this machine has."""
+    count = num_parameters(architecture)
+    needed, there = count * getattr(torch, config.model.dtype).itemsize, total_memory_bytes()
+    if needed > there:
+        raise ValueError(
+            f"model: its {count:,} parameters in {config.model.dtype} take {needed / 2**30:,.0f} GiB, and this machine "
+            f"has {there / 2**30:,.0f} GiB of memory: make it smaller (model.hidden_size, num_hidden_layers, "
+            "intermediate_size, vocab_size), or shard it over several machines with trainer.strategy=fsdp"
+        )
 
 
 def training_bytes(config: Config, architecture: DiffTransformerConfig) -> int:

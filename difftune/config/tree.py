@@ -156,7 +156,7 @@ def select_items(items: list[Node], key: str, path: str, where: str) -> list[int
     """
     if key == "*" and items:
         return list(range(len(items)))
-    if key.isdecimal() and int(key) < len(items):
+    if key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(items):
         return [int(key)]
     named = [item.value.get("name") if isinstance(item.value, dict) else None for item in items]
     names = [node.value if node is not None else None for node in named]

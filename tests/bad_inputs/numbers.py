@@ -43,7 +43,6 @@ CASES: list[Case] = [
     fit("a seed below 0 in a stage", "stages=[{name: a, seed: -1}]", says=("seed", "-1")),
     fit("a seed of an evaluation of 2^64", "evaluation.seed=18446744073709551616", says=("seed", "4294967295")),
     fit("a learning rate of 0", "optim.lr=0", says=("optim.lr", "0")),
-    fit("a learning rate of a million", "optim.lr=1e6", says=("optim.lr", "1000000")),
     fit("a first beta of 1", "optim.betas=[1, 0.9]", says=("optim.betas", "1", "less than 1")),
     fit("a second beta of 1", "optim.betas=[0.9, 1.0]", says=("optim.betas", "1", "less than 1")),
     fit("one beta", "optim.betas=[0.9]", says=("optim.betas", "2 items")),
@@ -85,7 +84,7 @@ CASES: list[Case] = [
     ),
     fit(
         "an inner width that no memory holds",
-        "model.intermediate_size=16777216",
+        "model.intermediate_size=4194304",
         "model.num_hidden_layers=500",
         says=("GiB",),
     ),
