@@ -45,6 +45,8 @@ class DataStatistics:
     """Kept rows that are long, copies included. None: no upsampling."""
     long_tokens: int | None = None
     """Their tokens."""
+    further_turns: int = 0
+    """Documents beyond the first of their row: the chat template rewrites earlier turns, so each is one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file or a logger."""
@@ -58,6 +60,7 @@ class DataStatistics:
             *((f"  dropped: {reason}", f"{count:,}") for reason, count in sorted(self.dropped.items())),
             ("rows kept", f"{self.kept:,}"),
             *([("  of them truncated", f"{self.truncated:,}")] if self.truncated else []),
+            *([("  of them further turns of a row", f"{self.further_turns:,}")] if self.further_turns else []),
             *([("  of them copies", f"{self.repeated:,}")] if self.long_rows is not None else []),
             ("tokens", f"{self.tokens:,}"),
             ("  of them learned", f"{self.label_tokens:,} ({share:.1%})"),
@@ -121,6 +124,7 @@ def count_corpus(
         seq_len=corpus.seq_len,
         complete=complete,
         repeated=corpus.repeats,
+        further_turns=corpus.further_turns,
         long_rows=None if min_long is None else int((corpus.lengths >= min_long).sum()),
         long_tokens=None if min_long is None else int(corpus.lengths[corpus.lengths >= min_long].sum()),
     )
