@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
 
+import io
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from difftune.user_errors import is_user_error, message_of
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
     _disable_telemetry()
+    _write_what_the_terminal_can()
     # It advises another package for a fast path that our 4-bit layers turn off, since that path loses gradients.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -226,8 +228,15 @@ def _look_at_runs(found: Invocation) -> int:
 
     from difftune.report.compare import compare_runs, comparison_table
 
-    Console().print(comparison_table(compare_runs(runs, metrics=found.values.get("metric", []))))
+    Console(markup=False).print(comparison_table(compare_runs(runs, metrics=found.values.get("metric", []))))
     return 0
+
+
+def _write_what_the_terminal_can() -> None:
+    """A terminal that knows few characters gets the others escaped; without this, an answer would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _disable_telemetry() -> None:

@@ -235,6 +235,7 @@ def tokenizer_folder(path: str) -> str:
     own = (Path(path) / "tokenizer_config.json").is_file()
     near = path if own else next((str(folder) for folder in above if folder.is_dir()), None)
     if near is None and (base := base_of_adapter(path)) is not None:
+        _require_another(Path(path), base)
         return tokenizer_folder(base)
     return near or path
 
@@ -250,8 +251,9 @@ def adapter_base(source: str | Path) -> str:
     """
     folder = resolve_folder(source)
     named = _read_config(folder).base_model_name_or_path
-    if not named:
-        raise ValueError(f"{folder} does not say what its base model is: name it (--base DIR)")
+    if not named or not isinstance(named, str):
+        raise ValueError(f"{folder} does not say what its base model is, but {named!r}: name it (--base DIR)")
+    _require_another(folder, named)
     try:
         resolve_folder(named)
     except ValueError as error:
@@ -259,6 +261,18 @@ def adapter_base(source: str | Path) -> str:
             f"the base that {folder} names is not there: {error}; name another place (--base DIR)"
         ) from error
     return named
+
+
+def _require_another(folder: Path, base: Any) -> None:
+    """Refuse an adapter that is its own base, directly or through other adapters: it could never be loaded."""
+    chain = [folder.expanduser().absolute()]
+    named = base
+    while isinstance(named, str) and (Path(named).expanduser() / ADAPTER_CONFIG).is_file():
+        chain.append(Path(named).expanduser().absolute())
+        if chain[-1].resolve() in {path.resolve() for path in chain[:-1]}:
+            shown = " -> ".join(str(path) for path in chain)
+            raise ValueError(f"the adapter {folder} leads back to itself as its base ({shown}): name it (--base DIR)")
+        named = base_of_adapter(named)
 
 
 def recorded_quantization(config: LoraConfig) -> dict[str, Any] | None:

@@ -81,8 +81,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; write or download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -106,7 +106,8 @@ def read_config(folder: Path, config_class: type[Config]) -> Config:
     fields.pop("auto_map", None)
     try:
         return config_class.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # What transformers trips over is in the file: an unknown dtype is an attribute that torch lacks.
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 

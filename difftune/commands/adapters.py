@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ def merge(
     target_dtype = _dtype(dtype)
     check_target(out, overwrite=overwrite)
     base = base or adapter_base(adapter)
-    with console.status(f"merging {adapter}"):
+    with console.status(escape(f"merging {adapter}")):
         adapted = load_with_base(adapter, base=base, base_as=onto)
         if MERGED_FORMATS[format] == "diffllama":
             config_to_diffllama(adapted.config)  # refuse before the work

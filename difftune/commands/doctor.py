@@ -76,7 +76,10 @@ def diagnose(config_file: str | None, overrides: Sequence[str] = ()) -> int:
     if is_first_rank():
         for finding in found:
             console.print(
-                f"[{_COLOURS[finding.kind]}]{finding.kind:<5}[/] [bold]{finding.what}[/]: ", end="", soft_wrap=True
+                f"[{_COLOURS[finding.kind]}]{finding.kind:<5}[/] [bold]{finding.what}[/]: ",
+                end="",
+                soft_wrap=True,
+                markup=True,
             )
             console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
         subject = "fit" if config is None else f"fit --config {config_file}" if config_file else "this recipe"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import seed_everything
 from peft import PeftModel
-from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from difftune.builder import (
@@ -237,7 +236,7 @@ def _train(
     if stage.data.check:
         check_quickly(stage, config.resolved_stages())
     data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
-    say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
+    say(f"\n{data.prepare().table()}", heading=f"stage {stage.name}")
     resume_from = folder.resume_point(stage.name, config.resume)
     if resume_from is not None:
         log.info("resuming from %s", resume_from)
@@ -274,7 +273,7 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
             _export(config, model, tokenizer, out, source=source, overwrite=True)
     headline = headline_text(headline_of(load_run(folder.path)))
     if headline:
-        say(escape(headline))
+        say(headline)
     table = accuracy_table(folder.path)
     if table is not None:
         console.print(table)

@@ -1,6 +1,7 @@
 """Recipes as trees that remember where each value stands: YAML with line numbers, `base:` chains, overrides."""
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def read_recipe(path: Path) -> list[Node]:
     chain: list[Path] = []
     trees: list[Node] = []
     while True:
+        # A circle of links is no file, and has no place that it could be resolved to.
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"recipe not found: {path}" + (" (a link to nowhere)" if path.is_symlink() else ""))
         if path.resolve() in chain:
             circle = [*chain[chain.index(path.resolve()) :], path.resolve()]
             raise ValueError(f"base recipes go round in a circle: {' -> '.join(p.name for p in circle)}")

@@ -153,7 +153,7 @@ def _finish(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def _load(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself, transformers whatever a file causes
         where = "it is a folder without a tokenizer" if Path(name).is_dir() else "no such folder"
         raise ValueError(
             f"tokenizer {name!r} could not be loaded: choose digits, bytes, a folder with tokenizer files or "
