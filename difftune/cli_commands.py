@@ -43,6 +43,9 @@ COMMON = (
     Option("help", "show this text"),
 )
 _MODEL = Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True)
+_TEMPLATE = Option(
+    "chat-template", "a file, or the name of a template of the tokenizer", "FILE", "chat_template", is_text=True
+)
 _BASE = Option("base", "base model of an adapter; the one that it names by default", "DIR", is_text=True)
 _DEVICE = Option("device", "cpu, cuda or auto", "NAME", "trainer.accelerator")
 _DTYPE = Option("dtype", "float32, bfloat16 or float16", "NAME", "model.dtype")
@@ -151,6 +154,7 @@ COMMANDS = {
             Option("max-new-tokens", "longest answer", "N", "evaluation.tasks.*.max_new_tokens"),
             Option("batch-size", "prompts decoded together", "N", "evaluation.batch_size"),
             Option("num-samples", "answers a problem (needs a temperature)", "N", "evaluation.num_samples"),
+            _TEMPLATE,
             *_DECODING,
             _DEVICE,
             _DTYPE,
@@ -169,6 +173,7 @@ COMMANDS = {
             _MODEL,
             Option("prompt", "text; can be repeated; - reads standard input", "TEXT", is_text=True, repeatable=True),
             Option("max-new-tokens", "longest answer", "N", "evaluation.max_new_tokens"),
+            _TEMPLATE,
             *_DECODING,
             _DEVICE,
             _DTYPE,
@@ -183,8 +188,9 @@ COMMANDS = {
         "folder, loads it back and compares its logits before calling it done.\n\n"
         "formats of a model:\n"
         "  diffllama       plain transformers loads it; diff_v1 only\n"
+        "  llama           plain transformers loads it as what it is; softmax only\n"
         "  difftune        every kind; brings its code, for trust_remote_code=True\n"
-        "  auto            diffllama for diff_v1, else difftune (the default)\n"
+        "  auto            diffllama or llama where it can hold the model, else difftune (the default)\n"
         "formats of an adapter, which names its base, or --base does:\n"
         "  peft            LoRA and lambda in one file, which PEFT loads onto our class (the default)\n"
         "  diffllama-peft  for plain transformers and PEFT on --base-diffllama, the base exported as diffllama;\n"
@@ -238,7 +244,12 @@ COMMANDS = {
         "layout), a GGUF file, a state dict file, or package:NAME for the GGUF file in a Python package. The\n"
         "result is reloaded and compared with it before it is called done.",
         options=(
-            Option("to", "diff_v2 (the same function), diff_v1, diffllama, unilm or llama", "NAME", is_text=True),
+            Option(
+                "to",
+                "diff_v2 (the same function), diff_v1, diffllama, unilm, llama, or softmax (the baseline)",
+                "NAME",
+                is_text=True,
+            ),
             Option("out", "folder to write", "DIR", is_text=True),
             Option("text", "UTF-8 text: report the loss on it before and after", "FILE", is_text=True),
             Option(

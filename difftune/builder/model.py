@@ -15,21 +15,24 @@ from difftune.checkpoints.load import load_model, read_architecture
 from difftune.checkpoints.sharded import StoredWeights, weightless_projections
 from difftune.config import Config, ModelConfig
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
+from difftune.data.tokenizers import require_vocabulary
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
 from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
+from difftune.modeling.special_tokens import declare_special_tokens
 
 log = logging.getLogger(__name__)
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, else the one that belongs to `model.path`."""
-    if config.tokenizer is not None:
-        return build_named_tokenizer(config.tokenizer)
-    assert config.model.path is not None, "checked with the config"
-    return build_named_tokenizer(tokenizer_folder(config.model.path))
+    """The tokenizer that the config names, else the one of `model.path`; with the chat template that it names."""
+    name = config.tokenizer
+    if name is None:
+        assert config.model.path is not None, "checked with the config"
+        name = tokenizer_folder(config.model.path)
+    return build_named_tokenizer(name, chat_template=config.chat_template)
 
 
 def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
@@ -37,7 +40,8 @@ def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     return DiffTransformerConfig(
         **{"vocab_size": len(tokenizer), **config.architecture()},
         attention_backend=config.attention_backend,
-        pad_token_id=tokenizer.pad_token_id,
+        # The row of a padding token is not learned, so one that means something else as well is none here.
+        pad_token_id=None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -89,11 +93,8 @@ def build_model(
         with torch.device(device):
             model = DiffTransformerForCausalLM(fresh_architecture(config, tokenizer))
         cast_weights(model, dtype)
-    if model.config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size} rows: "
-            "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
-        )
+    require_vocabulary(tokenizer, model.config.vocab_size)
+    declare_special_tokens(model, tokenizer)
     if config.quantization is not None:
         log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 
 from difftune.checkpoints.folders import check_names, read_json
 
+MAX_SHARD_BYTES = 5 * 1000**3
+"""Default size of the largest weight file, and what the writer holds in memory."""
+
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Files that may hold one state dict."""
 

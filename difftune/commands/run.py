@@ -25,7 +25,7 @@ from difftune.builder import (
 )
 from difftune.builder.scale import is_sharded, num_parameters, settle_strategies, training_bytes
 from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
-from difftune.checkpoints.export import ExportReport, export_model
+from difftune.checkpoints.export import ExportReport, auto_format, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
 from difftune.commands.dry_run import dry_run_stage, report_size
@@ -34,10 +34,12 @@ from difftune.commands.prepare import check_quickly, prepare_stages
 from difftune.config import Config, StageConfig
 from difftune.config.checks import task_defaults
 from difftune.config.text import to_yaml
+from difftune.data.tokenizers import require_vocabulary
 from difftune.evaluation.generation import generate_texts
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.modeling.adapters import describe_adapter
 from difftune.modeling.quantized import quantize_base
+from difftune.rendering import chat_ids, text_ids
 from difftune.report.headline import headline_of, headline_text
 from difftune.report.runs import load_run
 from difftune.report.summary import accuracy_table
@@ -175,16 +177,20 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
 
 
 def generate(config: Config, prompts: list[str]) -> list[str]:
-    """Print what a model answers to each prompt, as a user's turn of its chat template; return the answers."""
+    """Print what a model answers to each prompt, as a user's turn of its chat template if any; return the answers."""
     set_up_logging()
     model, tokenizer = _load_for_inference(config)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+    if tokenizer.chat_template is None:
+        log.info("the tokenizer has no chat template: the model continues the prompts as text")
+        encoded = [text_ids(tokenizer, prompt, "the prompt") for prompt in prompts]
+    else:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        encoded = [chat_ids(tokenizer, chat, "the prompt", add_generation_prompt=True) for chat in chats]
     settings = config.evaluation
     answers = generate_texts(
         model,
         tokenizer,
-        encoded["input_ids"],
+        encoded,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         temperature=settings.temperature,
@@ -285,7 +291,7 @@ def _export(
     assert config.export is not None, "the command and the recipe set it"
     name = config.export.format
     if name == "auto":
-        name = "diffllama" if model.config.attention == "diff_v1" else "difftune"
+        name = auto_format(model.config)
     report = export_model(model, tokenizer, out, name, verify=config.export.verify, overwrite=overwrite, source=source)
     say(f"exported {report}")
     return report
@@ -320,7 +326,9 @@ def _load_for_inference(
     if device is None:
         device = kind_of_device(config.trainer.accelerator)
     model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
-    return model, build_tokenizer(config)
+    tokenizer = build_tokenizer(config)
+    require_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
 
 
 def _end_of(stage: StageConfig) -> dict[str, Any]:

@@ -268,9 +268,9 @@ class LoggingConfig:
 class ExportConfig:
     """What is exported when the last stage has ended, to `export/` in the run folder."""
 
-    format: str = _key("auto", choices=("auto", "diffllama", "difftune"))
-    """`diffllama`: loads in plain transformers, holds diff_v1 only; `difftune`: every kind; `auto`: the first where it
-    can hold the model, else the second."""
+    format: str = _key("auto", choices=("auto", "diffllama", "llama", "difftune"))
+    """`diffllama` and `llama` load in plain transformers and hold diff_v1 and softmax; `difftune`: every kind; `auto`:
+    one of the first two where it can hold the model, else the third."""
     verify: bool = True
     """Reload the folder and compare its logits before calling it done."""
 
@@ -309,6 +309,8 @@ class Config:
     """`auto`: go on from the newest valid checkpoint of run_dir, if any; `never`: refuse to go on; or a checkpoint."""
     tokenizer: str | None = None
     """`digits`, `bytes`, a folder or a hub id. null: the one saved with model.path."""
+    chat_template: str | None = None
+    """A file, the name of a template of the tokenizer, or Jinja text; saved with the model. null: the tokenizer's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model, one for all stages."""
     adapter: AdapterConfig | None = None

@@ -288,17 +288,7 @@ def _join(pieces: list[TokenizedSet], source: Source) -> TokenizedSet:
 def _code_fingerprint() -> str:
     """A hash of the modules that decide what a row becomes: a change to them outdates old entries."""
     digest = hashlib.sha256()
-    for name in (
-        "files",
-        "readers",
-        "rows",
-        "bad_rows",
-        "sources",
-        "synthetic",
-        "formats",
-        "chat",
-        "tokenized",
-        "token_cache",
-    ):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    rooms = "files readers rows bad_rows sources synthetic formats chat turns tokenized token_cache ../rendering"
+    for name in rooms.split():
+        digest.update(Path(__file__).parent.joinpath(f"{name}.py").read_bytes())
     return digest.hexdigest()

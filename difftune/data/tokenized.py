@@ -86,7 +86,7 @@ class TokenizedSet:
     offsets: np.ndarray
     """int64, shape [documents + 1]: where each document begins."""
     questions: np.ndarray
-    """uint64, shape [documents]: `question_key` of each document's last user turn."""
+    """uint64, shape [documents]: `question_key` of the user turn before each document's last answer."""
     row_numbers: np.ndarray
     """int64, shape [documents]: the row of the source, from 1, that each document was."""
     label_counts: np.ndarray
@@ -184,8 +184,8 @@ def _tokenize(
         ids=ids,
         learned=np.concatenate([np.empty(0, np.bool_), *(document.learned for document in documents)]),
         offsets=np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64),
-        questions=np.asarray([_question(example) for _, _, example in kept], dtype=np.uint64),
-        row_numbers=np.asarray([number for number, _, _ in kept], dtype=np.int64),
+        questions=np.asarray([_question(kept[one.example][2], one.turn) for one in documents], dtype=np.uint64),
+        row_numbers=np.asarray([kept[one.example][0] for one in documents], dtype=np.int64),
         label_counts=np.asarray([np.count_nonzero(document.learned) for document in documents], dtype=np.int64),
         last_ids=np.asarray([document.ids[-1] for document in documents], dtype=np.int32),
         counts=counts,
@@ -209,6 +209,6 @@ def _dropped(one: tuple[int, Row, Example], source: Source, tokenizer: PreTraine
     return False
 
 
-def _question(example: Example) -> int:
-    asked = [message["content"] for message in example.messages if message["role"] == "user"]
+def _question(example: Example, turn: int | None) -> int:
+    asked = [message["content"] for message in example.messages[:turn] if message["role"] == "user"]
     return question_key(asked[-1] if asked else example.text or "")
