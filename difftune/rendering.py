@@ -6,6 +6,7 @@ A template that reads the clock (`strftime_now`) always reads the same date of a
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from functools import cache
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 DATE_KEY = "chat_template_date"
 """Entry of tokenizer_config.json: the date that the chat template reads."""
 _CLOCK = "strftime_now"
+_DATE_FILE = Path("cache") / "chat_template_date"
 # What Python's strftime knows, the padless forms of Linux included.
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVDFTReklsnth"]
 
@@ -45,6 +47,11 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, what: str = "the te
     try:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     except Exception as error:  # the tokenizers library raises Exception itself
+        half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+        if half is not None:
+            raise ValueError(
+                f"{what}: it holds {half!r}, which is no character but half of one: the text is damaged, or not UTF-8"
+            ) from error
         raise ValueError(
             f"{what}: the tokenizer cannot encode it ({str(error).splitlines()[0]}): leave it out, or use a tokenizer "
             "that knows every character, such as bytes"
@@ -167,6 +174,44 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, day: str | None = None) -> None
     if day is not None:
         tokenizer.init_kwargs[DATE_KEY] = day
     _say_date(template_date(tokenizer).isoformat())
+
+
+def date_of_run(run_dir: Path) -> str | None:
+    """The date that the chat template of a run reads, if the run was begun or prepared before.
+
+    Raises:
+        ValueError: If what is written there is no date.
+    """
+    saved, prepared = run_dir / "tokenizer" / "tokenizer_config.json", run_dir / _DATE_FILE
+    day = None
+    try:
+        day = json.loads(saved.read_text(encoding="utf-8")).get(DATE_KEY) if saved.is_file() else None
+        day = day or (prepared.read_text(encoding="utf-8").strip() if prepared.is_file() else None)
+        return day and date.fromisoformat(day).isoformat()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the date of the chat template of the run {run_dir} cannot be read ({error}): correct {DATE_KEY} in "
+            f"{saved}, or remove {prepared}"
+        ) from error
+
+
+def keep_date(tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    """Let all processes of a run, and all that come later, read the date of the first one."""
+    if not reads_clock(tokenizer) or date_of_run(run_dir) is not None:
+        return
+    file = run_dir / _DATE_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = file.with_name(f"{file.name}.{os.getpid()}")
+    own.write_text(template_date(tokenizer).isoformat() + "\n", encoding="utf-8")
+    try:
+        # Whole at once, and only the first one.
+        os.link(own, file)
+    except FileExistsError:
+        fix_date(tokenizer, date_of_run(run_dir))
+    except OSError:  # a file system without links
+        os.replace(own, file)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 @cache

@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "builder.on_policy": {"data", "evaluation"},
     "builder.held_out": {"config", "data", "tasks"},
     "builder.distill": {"builder.on_policy", "checkpoints", "config", "data", "modeling", "training"},
-    "builder.model": {"builder.scale", "checkpoints", "config", "data", "modeling"},
+    "builder.model": {"builder.scale", "checkpoints", "config", "data", "modeling", "rendering"},
     "builder.stage": {
         "builder.distill",
         "builder.scale",

@@ -22,17 +22,29 @@ from difftune.modeling.adapters import add_adapter
 from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
 from difftune.modeling.special_tokens import declare_special_tokens
+from difftune.rendering import date_of_run, keep_date
 
 log = logging.getLogger(__name__)
 
 
-def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, else the one of `model.path`; with the chat template that it names."""
+def build_tokenizer(config: Config, *, of_run: bool = False, write: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, else the one of `model.path`; with the chat template that it names.
+
+    Args:
+        config: The whole recipe.
+        of_run: A chat template that reads the clock reads one date in all of the run in `run_dir`.
+        write: Write that date there if it is the first.
+    """
     name = config.tokenizer
     if name is None:
         assert config.model.path is not None, "checked with the config"
         name = tokenizer_folder(config.model.path)
-    return build_named_tokenizer(name, chat_template=config.chat_template)
+    run_dir = Path(config.run_dir).expanduser()
+    day = date_of_run(run_dir) if of_run else None
+    tokenizer = build_named_tokenizer(name, chat_template=config.chat_template, template_date=day)
+    if of_run and write:
+        keep_date(tokenizer, run_dir)
+    return tokenizer
 
 
 def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:

@@ -72,7 +72,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         ValueError: If the config does not fit what is on disk: data, model, or an earlier run in the folder.
     """
     set_up_logging()
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config, of_run=True, write=not dry_run)
     if dry_run:
         _dry_run(config, tokenizer)
         return 0
@@ -126,7 +126,7 @@ def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None
         ValueError: If the data cannot be read, or a check finds them unfit; if `teacher` and no stage stores one.
     """
     set_up_logging()
-    prepare_stages(config, build_tokenizer(config), console, workers=workers, teacher=teacher, check=check)
+    prepare_stages(config, build_tokenizer(config, of_run=True), console, workers=workers, teacher=teacher, check=check)
 
 
 def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -208,7 +208,7 @@ def generate(config: Config, prompts: list[str]) -> list[str]:
 def export(config: Config, out: Path, *, overwrite: bool = False) -> ExportReport:
     """Write the model of `model.path` to a new folder, in the format and with the check that `export` names."""
     set_up_logging()
-    model, tokenizer = _load_for_inference(config, device="cpu")
+    model, tokenizer = _load_for_inference(config, device="cpu", as_stored=True)
     return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=overwrite)
 
 
@@ -316,11 +316,15 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _load_for_inference(
-    config: Config, device: str | None = None
+    config: Config, device: str | None = None, *, as_stored: bool = False
 ) -> tuple[DiffTransformerForCausalLM, PreTrainedTokenizerBase]:
     assert config.model.path is not None, "checked with the config"
     dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.path, dtype=dtype, attention_backend=config.model.attention_backend)
+    # float32 is the default: nobody gains by weights that are twice as large and say the same.
+    stored = as_stored and dtype == torch.float32
+    model = load_model(
+        config.model.path, dtype=None if stored else dtype, attention_backend=config.model.attention_backend
+    )
     if config.model.quantization is not None:
         log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
     if device is None:

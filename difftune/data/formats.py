@@ -331,11 +331,11 @@ def _last_box(text: str) -> str | None:
 
 
 def _text(columns: Columns, name: str) -> str:
-    """A text column; null and NaN read as empty, numbers of an answer as their digits."""
+    """A text column; null reads as empty, numbers of an answer as their digits."""
     if name not in columns:
         raise ValueError(f"no column {name!r}; there are {', '.join(sorted(columns))}")
     value = columns[name]
-    if value is None or value != value:  # NaN, which stands for null in tables
+    if value is None:
         return ""
     if isinstance(value, float) and math.isinf(value):
         raise ValueError(f"column {name!r} must be text or a finite number, got {value}")
@@ -367,5 +367,4 @@ def _turns(columns: Columns, name: str, role_key: str, content_key: str) -> list
 
 def _id(columns: Columns) -> str | None:
     values = (columns.get(name) for name in ("id", "unique_id", "uuid"))
-    # NaN stands for null, and is not itself.
-    return next((str(value) for value in values if value is not None and value == value), None)
+    return next((str(value) for value in values if value is not None), None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -72,15 +73,27 @@ def read_rows(source: Source, *, streaming: bool = False, keep_bad: bool = False
         BadRow: For a row that cannot be read, unless `keep_bad`.
     """
     for row in islice(_all_rows(source, streaming), source.limit):
-        if row.bad is None and source.columns:
-            row = _renamed(row, source.columns)
+        if row.bad is None:
+            row = _renamed(_without_nan(row), source.columns)
         if row.bad is not None and not keep_bad:
             raise row.bad
         yield row
 
 
+def _without_nan(row: Row) -> Row:
+    """The row with null for NaN, which is how tables write it: no reader after this takes it for a value or a text."""
+    if not any(isinstance(value, float) and math.isnan(value) for value in row.columns.values()):
+        return row
+    kept = {
+        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.columns.items()
+    }
+    return replace(row, columns=kept)
+
+
 def _renamed(row: Row, names: dict[str, str]) -> Row:
     """The row with our names of its columns."""
+    if not names:
+        return row
     if missing := [name for name in names.values() if name not in row.columns]:
         text = f"no column {missing[0]!r}, which `columns` names; there are {', '.join(sorted(row.columns))}"
         return replace(row, columns={}, bad=BadRow(row.where, text))

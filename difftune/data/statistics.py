@@ -47,6 +47,8 @@ class DataStatistics:
     """Their tokens."""
     first_bad: dict[str, str] = field(default_factory=dict)
     """Of each reason for which bad rows were dropped, the first row and what is wrong with it."""
+    further_turns: int = 0
+    """Documents beyond the first of their row: the chat template rewrites earlier turns, so each is one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file or a logger."""
@@ -60,6 +62,7 @@ class DataStatistics:
             *((f"  dropped: {reason}", f"{count:,}") for reason, count in sorted(self.dropped.items())),
             ("rows kept", f"{self.kept:,}"),
             *([("  of them truncated", f"{self.truncated:,}")] if self.truncated else []),
+            *([("  of them further turns of a row", f"{self.further_turns:,}")] if self.further_turns else []),
             *([("  of them copies", f"{self.repeated:,}")] if self.long_rows is not None else []),
             ("tokens", f"{self.tokens:,}"),
             ("  of them learned", f"{self.label_tokens:,} ({share:.1%})"),
@@ -125,6 +128,7 @@ def count_corpus(
         complete=complete,
         repeated=corpus.repeats,
         first_bad=dict(corpus.counts.first_bad),
+        further_turns=corpus.further_turns,
         long_rows=None if min_long is None else int((corpus.lengths >= min_long).sum()),
         long_tokens=None if min_long is None else int(corpus.lengths[corpus.lengths >= min_long].sum()),
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from difftune.rendering import choose_template, fix_date, reads_clock, template_date
+from difftune.rendering import choose_template, fix_date, reads_clock
+from difftune.rendering import template_date as date_of
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
 """Ids 0 to 5 of both built-in tokenizers."""
@@ -21,7 +22,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def build_tokenizer(
+    name: str, *, chat_template: str | None = None, template_date: str | None = None
+) -> PreTrainedTokenizerBase:
     """Build or load a tokenizer that is ready for training: it has an end-of-text and a padding token.
 
     Args:
@@ -30,6 +33,7 @@ def build_tokenizer(name: str, *, chat_template: str | None = None) -> PreTraine
             in all), so any text fits. Else a folder or hub id for `AutoTokenizer`.
         chat_template: Takes the place of the tokenizer's own: a file, Jinja text, or the name of one of the
             tokenizer's templates. None: keep its own.
+        template_date: ISO date for a template that reads the clock. None: the one saved with the tokenizer, else today.
 
     Returns:
         A tokenizer with `eos_token` and `pad_token`. A loaded one without a padding token pads with its
@@ -48,7 +52,7 @@ def build_tokenizer(name: str, *, chat_template: str | None = None) -> PreTraine
         tokenizer = _load(name)
     if chat_template is not None:
         choose_template(tokenizer, chat_template)
-    fix_date(tokenizer)
+    fix_date(tokenizer, template_date)
     return tokenizer
 
 
@@ -70,7 +74,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     content = [rules, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
     if reads_clock(tokenizer):
-        content.append(template_date(tokenizer).isoformat())
+        content.append(date_of(tokenizer).isoformat())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -180,3 +180,11 @@ def test_saved_data_sets_are_read_by_split(tmp_path):
     assert fingerprint(Source(str(tmp_path / "one"))) != fingerprint(Source(str(tmp_path / "two")))
     with pytest.raises(ValueError, match="has no split 'dev': there are train, test"):
         columns(Source(str(tmp_path / "two"), split="dev"))
+
+
+def test_nan_is_null_in_every_kind_of_file(tmp_path):
+    rows = [{"a": float("nan"), "b": 1.5}, {"a": 2.0, "b": float("nan")}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert columns(Source(str(tmp_path / name))) == [{"a": None, "b": 1.5}, {"a": 2.0, "b": None}]
