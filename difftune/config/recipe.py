@@ -103,12 +103,14 @@ class SourceConfig:
     """One source of training rows."""
 
     path: str = _required(is_path=True)
-    """A .jsonl, .json or .parquet file, a folder of them, a `datasets` hub id, `synthetic:arithmetic` or
-    `synthetic:reasoning_gym/<task>`. What exists on disk wins over a hub id of the same name."""
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text ones also .gz, .zst, .bz2), a folder of them
+    or one of `save_to_disk`, a `datasets` hub id, `synthetic:arithmetic` or `synthetic:reasoning_gym/<task>`. What
+    exists on disk wins over a hub id of the same name."""
     format: str = "auto"
     """Name of the row format. `auto`: recognised by the columns of the first row."""
     split: str = "train"
-    """Split of a hub data set or a generator; in a folder whose file names say their split, the files of that one."""
+    """Split of a hub data set or a generator; in a folder whose names say their split, the files of that one. Names
+    with test, eval, validation, dev or heldout as a whole word are never of the split train."""
     name: str | None = None
     """Configuration of a hub data set, such as `main` of gsm8k. null: its default."""
     limit: int | None = _key(None, low=1)
@@ -117,6 +119,8 @@ class SourceConfig:
     """Learn the final answer instead of the worked solution."""
     options: dict[str, Any] = _key({})
     """Settings of a generator, such as {level: 2, count: 20000, seed: 0} of `synthetic:arithmetic`."""
+    columns: dict[str, str] = _key({})
+    """Columns that have another name in the data: our name, then theirs, such as {question: task, answer: gold}."""
 
 
 @dataclass
@@ -133,6 +137,10 @@ class DataConfig:
     """Several documents in a row, with attention and positions kept apart. false: one document a row, padded."""
     overlong: str = _key("drop", choices=("drop", "truncate", "raise"))
     """What happens to a document longer than seq_len. Counts are printed."""
+    bad_rows: str = _key("raise", choices=("raise", "drop"))
+    """What happens to a row that cannot be used: not readable, without text, with wrong types or roles, or refused by
+    the chat template. `raise` names it; `drop` counts by reason and prints the first of each. What a format leaves out
+    by its own columns (an answer that is not verified), and what `overlong` drops, is counted in both."""
     shuffle: bool = True
     """A new order each epoch, from the seed."""
     num_workers: int = _key(0, low=0, most=1024)

@@ -34,6 +34,8 @@ class MathTaskConfig(TaskConfig):
     """Configuration of a hub data set, such as `main` of gsm8k. null: its default."""
     options: dict[str, Any] = key({})
     """Settings of a generator."""
+    columns: dict[str, str] = key({})
+    """Columns that have another name in the file: our name, then theirs, such as {question: task, answer: gold}."""
     limit: int | None = key(None, low=1)
     """Size of a random subset, drawn with `evaluation.seed`. null: all problems."""
     max_new_tokens: int | None = key(None, low=1)
@@ -86,6 +88,7 @@ class MathTaskConfig(TaskConfig):
             split=self.split or where.split,
             name=self.hub_name or where.hub_name,
             options=self.options,
+            columns=self.columns,
         )
 
     def build(self, defaults: Defaults) -> "MathTask":
