@@ -83,8 +83,9 @@ def _is_operand(argument: str, found: Invocation) -> bool:
     command = COMMANDS[found.command]
     if command.operand is None or (found.operand is not None and not command.many):
         return False
-    # export takes an operand and recipe keys: a folder that is there is meant.
-    return not command.reads_recipe or ("=" in argument and _is_there(argument))
+    # KEY=VALUE is an operand only if it is there, or has the slash of a path: export takes both, the others say why not.
+    named_by_key = "=" in argument and "/" not in argument.partition("=")[0]
+    return _is_there(argument) if named_by_key or command.reads_recipe else True
 
 
 def _is_there(argument: str) -> bool:

@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from difftune.builder.scale import build_fresh_skeleton, build_stored_skeleton
-from difftune.checkpoints.adapters import load_adapter, tokenizer_folder
+from difftune.checkpoints.adapter_config import tokenizer_folder
+from difftune.checkpoints.adapters import load_adapter
 from difftune.checkpoints.load import load_model, read_architecture
 from difftune.checkpoints.sharded import StoredWeights, weightless_projections
 from difftune.config import Config, ModelConfig

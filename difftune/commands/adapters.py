@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from difftune.checkpoints.adapters import adapter_base, load_with_base, save_adapter
+from difftune.checkpoints.adapter_config import adapter_base
+from difftune.checkpoints.adapters import load_with_base, save_adapter
 from difftune.checkpoints.adapters_diffllama import export_adapter_diffllama
 from difftune.checkpoints.diffllama import config_to_diffllama
 from difftune.checkpoints.export import ExportReport, export_model

@@ -93,5 +93,7 @@ def _claims(model: DiffTransformerForCausalLM, where: torch.device, folder: Path
 
 
 def _show(claim: Claim) -> None:
-    console.print(f"  [{_COLOURS[claim.state]}]{claim.state:<9}[/] [bold]{claim.what}[/]: ", end="", soft_wrap=True, markup=True)
+    console.print(
+        f"  [{_COLOURS[claim.state]}]{claim.state:<9}[/] [bold]{claim.what}[/]: ", end="", soft_wrap=True, markup=True
+    )
     console.print(claim.found, highlight=False, markup=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,10 @@ class Run:
         return found
 
 
+_METRIC = {"step": int, "tokens": int, "name": str, "stage": str, "value": (int, float, type(None))}
+"""What a line of metrics must hold."""
+
+
 def load_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Read run folders; folders of results of one model that measured different tasks are one run.
 
@@ -161,6 +165,13 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     metrics = read_metrics(path)
+    for number, line in enumerate(metrics, 1):
+        wrong = [key for key, kinds in _METRIC.items() if not isinstance(line.get(key, ...), kinds)]
+        if wrong:
+            raise ValueError(
+                f"{path / 'metrics.jsonl'}, line {number}: no metric, {', '.join(wrong)} missing or of another type: "
+                "take the line out, or name another folder"
+            )
     run = Run(path, _yaml(path / "config.yaml"), _json(path / "environment.json"), _json(path / "settings.json"))
     if not metrics or not (run.config or run.settings):
         lacking = "no metrics.jsonl" if path.is_dir() else "no such folder"
@@ -211,8 +222,22 @@ def differing_keys(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return _mapping(path, yaml.safe_load)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _mapping(path, json.loads)
+
+
+def _mapping(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """What a file of a run holds; nothing if it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        content = read(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): name another folder, or put a copy in its place") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}: is it of another program?")
+    return content or {}
