@@ -143,6 +143,11 @@ def _read_csv(path: Path, file: io.TextIOWrapper) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):
+                # How many rows it swallowed cannot be known.
+                raise ValueError(
+                    f"{where}: a quote is opened here and never closed, so no row after it is seen"
+                ) from error
             yield _bad(where, f"not valid CSV ({error}): quote cells that hold quotes, and double these")
             continue
         if not cells:
