@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from difftune import __version__
-from difftune.cli_arguments import Invocation, UsageError, option_overrides, parse, task_overrides
+from difftune.cli_arguments import Invocation, UsageError, number, option_overrides, parse, task_overrides
 from difftune.cli_commands import COMMANDS, command_help, help_text
 from difftune.interruption import raising
 from difftune.rank_errors import is_told_by_first
+from difftune.user_errors import is_user_error, message_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,18 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or code == 1:
             traceback.print_exc()
         if code == 2:
-            print(f"difftune: error: {error}", file=sys.stderr)
+            print(f"difftune: error: {message_of(error)}", file=sys.stderr)
         return code
-
-
-def is_user_error(error: BaseException) -> bool:
-    """Whether a message is enough: our own code refused a value, or a file is missing or not to be read."""
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
-        return True
-    if not isinstance(error, (ValueError, ImportError)) or error.__traceback__ is None:
-        return False
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return Path(innermost.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def _dispatch(found: Invocation) -> int:
@@ -124,8 +115,10 @@ def _run(found: Invocation) -> int:
         return run.fit(config, dry_run="dry-run" in found.flags) or 0
     if command == "prepare":
         workers = found.single("workers")
-        if workers is not None and not (workers.isdigit() and int(workers) > 0):
-            raise UsageError(f"--workers must be a number from 1 on, got {workers!r}")
+        if workers is not None and not (workers.isascii() and workers.isdigit() and workers.strip("0")):
+            raise UsageError(f"--workers must be a number from 1 on, got {workers[:40]!r}")
+        if workers is not None and len(workers) > 4:
+            raise UsageError(f"--workers must be at most 9999, got {workers[:40]}")
         run.prepare(
             config,
             workers=int(workers) if workers else os.cpu_count() or 1,
@@ -135,7 +128,10 @@ def _run(found: Invocation) -> int:
     elif command == "evaluate":
         run.evaluate(config, out=Path(out) if out else None)
     elif command == "generate":
-        run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
+        prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
+        if not all(prompt.strip() for prompt in prompts):
+            raise UsageError("--prompt is empty: give a text, or - and the text on standard input")
+        run.generate(config, prompts=prompts)
     else:
         assert out is not None
         run.export(config, out=Path(out), overwrite="overwrite" in found.flags)
@@ -188,13 +184,15 @@ def _convert(found: Invocation) -> int:
     numbers: dict[str, float] = {}
     for name in ("lambda-init", "max-shard-gb"):
         value = found.single(name)
-        try:
-            numbers |= {} if value is None else {name: float(value)}
-        except ValueError as error:
-            raise UsageError(f"--{name} must be a number, got {value!r}") from error
+        if value is not None:
+            numbers[name] = number(name, value)
+            if name == "max-shard-gb" and numbers[name] <= 0:
+                raise UsageError(f"--{name} must be greater than 0, got {value}")
     steps = found.single("lambda-warmup-steps")
-    if steps is not None and not steps.isdecimal():
-        raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps!r}")
+    if steps is not None and not (steps.isascii() and steps.isdigit()):
+        raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps[:40]!r}")
+    if steps is not None and len(steps) > 12:
+        raise UsageError(f"--lambda-warmup-steps must have at most 12 digits, got {len(steps)}")
 
     from difftune.commands.convert import convert
 

@@ -36,6 +36,7 @@ from difftune.config.checks import task_defaults
 from difftune.config.text import to_yaml
 from difftune.data.tokenizers import require_vocabulary
 from difftune.evaluation.generation import generate_texts
+from difftune.left_behind import nothing_left_if_refused
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.modeling.adapters import describe_adapter
 from difftune.modeling.quantized import quantize_base
@@ -48,9 +49,11 @@ from difftune.run_folder import RunFolder
 from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
 from difftune.training.context_parallel import require_divisible
+from difftune.training.devices import device_problem
 from difftune.training.preemption import Preemption
 from difftune.training.slurm import requeue_if_asked
 from difftune.training.strategies import kind_of_device
+from difftune.user_errors import naming
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +81,16 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         return 0
 
     recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
+    with nothing_left_if_refused(Path(config.run_dir), keep="checkpoints/*/step-*"):
+        return _fit(recipe, config, tokenizer)
+
+
+def _fit(recipe: Config, config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`fit` once every object that needs no data could be built."""
     folder = RunFolder(config.run_dir)
     if is_first_rank():
-        folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
+        with naming("run_dir"):
+            folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
         tokenizer.save_pretrained(folder.path / "tokenizer")
     stages = config.resolved_stages()
     model: DiffTransformerForCausalLM | None = None
@@ -153,7 +163,8 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
             task.task_name(): {**dataclasses.asdict(task), "defaults": defaults} for task in config.evaluation.tasks
         }
         run_time = {name: getattr(config.model, name) for name in ("dtype", "attention_backend", "quantization")}
-        folder.open({**describe_model(config.model.path), **run_time, "tasks": settings})
+        with naming("--out"):
+            folder.open({**describe_model(config.model.path), **run_time, "tasks": settings})
     with Preemption() as preemption:
         tasks = build_tasks(config.evaluation)
         model, tokenizer = _load_for_inference(config)
@@ -328,6 +339,8 @@ def _load_for_inference(
     if config.model.quantization is not None:
         log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
     if device is None:
+        if (problem := device_problem(config.trainer.accelerator)) is not None:
+            raise ValueError(problem)
         device = kind_of_device(config.trainer.accelerator)
     model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
     tokenizer = build_tokenizer(config)

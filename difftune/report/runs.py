@@ -130,7 +130,7 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
         ValueError: If one is neither a run nor a folder of results, or is named twice.
     """
     if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise ValueError("a run is named twice: it would count as two seeds")
+        raise ValueError(f"a run is named twice: it would count as two seeds ({', '.join(map(str, paths))})")
     runs: list[Run] = []
     for run in map(load_run, paths):
         same = next((known for known in runs if _measured_together(known, run)), None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from difftune.config.field import key
+from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class HallucinationTaskConfig(TaskConfig):
 
     kind: str = "hallucination"
     """Summaries and answers, judged against their document."""
-    path: str
+    path: str = required(is_path=True)
     """A data file, folder or hub id with columns `document` (or article, context), `summary` (or highlights), or for
     questions `question` (or input) and `answers` (a list, or one `answer`): XSum, CNN/DM, Multi-News, LongBench."""
     split: str = "test"
@@ -39,7 +39,7 @@ class HallucinationTaskConfig(TaskConfig):
     that stand in the document, for following one model, not for comparisons."""
     threshold: float = key(0.8, low=0, high=1)
     """Of `span_support`: share of words that must stand in the document."""
-    nli_model: str | None = None
+    nli_model: str | None = key(None, is_path=True)
     """Of `nli`: folder or hub id of a classifier of natural language inference, such as roberta-large-mnli; one of its
     labels must be called entailment."""
     url: str | None = None
@@ -48,9 +48,9 @@ class HallucinationTaskConfig(TaskConfig):
     """Name of the model at the endpoint; the default is that of the paper's protocol."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable with the key, sent if it is set."""
-    retries: int = key(5, low=0)
+    retries: int = key(5, low=0, most=100)
     """Attempts after the first, with waits of 1, 2, 4, ... seconds."""
-    cache_dir: str | None = None
+    cache_dir: str | None = key(None, is_path=True)
     """Folder for what the judge answered and what could not be judged yet. null: `difftune/judge` in the user cache."""
 
     operand: ClassVar[str | None] = "path"

@@ -33,7 +33,11 @@ def second_count(tokenizer, rows: list[tuple[str, str]], seq_len: int) -> dict:
 
 def test_counts_are_those_of_a_second_count(digits, write_jsonl):
     data = SFTDataModule(
-        tokenizer=digits, train=[Source(write_jsonl(ROWS))], seq_len=30, micro_batch_size=2, max_epochs=1
+        tokenizer=digits,
+        train=[Source(write_jsonl(ROWS), bad_rows="drop")],
+        seq_len=30,
+        micro_batch_size=2,
+        max_epochs=1,
     )
     stats = data.prepare().to_dict()
     texts = [(row["question"], row["answer"]) for row in ROWS if row["answer"]]
@@ -49,7 +53,7 @@ def test_counts_are_those_of_a_second_count(digits, write_jsonl):
             "longest_row": 24,
         }
     )
-    assert stats["dropped"] == {"empty answer": 1}
+    assert stats["dropped"] == {"bad row: empty answer": 1}
     assert (stats["rows_read"], stats["truncated"], stats["eos_share"], stats["complete"]) == (5, 0, 1.0, True)
     # 24, 22 + 7 and 7 tokens in rows of 30.
     assert stats["batch_rows"] == 3
