@@ -141,7 +141,8 @@ def test_unknown_tokens_are_counted(tmp_path, write_jsonl):
 def test_further_turns_of_a_row_are_counted(write_jsonl) -> None:
     forgetful = (
         "{% for m in messages %}{% set whole = loop.last or m.role == 'user' %}"
-        "{{ '<|' + m.role + '|>' + (m.content if whole else m.content[:1]) + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+        "{{ '<|' + m.role + '|>' + (m.content if whole else m.content[:1]) + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     tokenizer = build_tokenizer("bytes", chat_template=forgetful)
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
