@@ -90,8 +90,9 @@ def render_chat(
     template = _template(tokenizer, options.get("tools"))
     if _CLOCK in template:
         template = _with_clock(template, template_date(tokenizer))
+    chat: list[Any] = list(messages)
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template, **options)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template, **options)
     except TemplateSyntaxError as error:
         raise ValueError(f"the chat template is broken, line {error.lineno}: {error.message}") from error
     except TemplateError as error:
