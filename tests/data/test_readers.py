@@ -65,7 +65,7 @@ def test_other_encodings_are_named_with_their_line(read):
         ('{"a": 1, "a": 2}', "the key 'a' stands there twice"),
         ('{"a": 1,}', "at column"),
         ("{", "a row must stand on one line"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "not valid JSON (nested too deep)"),
         ("1" * 5000, "not valid JSON"),
         ("3", "a row must be a JSON object with named columns, got int"),
     ],
