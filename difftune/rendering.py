@@ -90,8 +90,9 @@ def render_chat(
     template = _template(tokenizer, options.get("tools"))
     if _CLOCK in template:
         template = _with_clock(template, template_date(tokenizer))
+    chat: list[Any] = list(messages)
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template, **options)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template, **options)
     except TemplateSyntaxError as error:
         raise ValueError(f"the chat template is broken, line {error.lineno}: {error.message}") from error
     except TemplateError as error:
@@ -114,12 +115,11 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {} if own is None else {"default": own}
-    file = Path(template).expanduser()
     if template in named:
         text = named[template]
     elif "{{" in template or "{%" in template:
         text = template
-    elif _is_file(file):
+    elif (file := _file(template)) is not None:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -223,11 +223,12 @@ def _say_date(day: str) -> None:
     )
 
 
-def _is_file(path: Path) -> bool:
+def _file(name: str) -> Path | None:
     try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
+        path = Path(name).expanduser()
+        return path if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, of a user who is not there
+        return None
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:

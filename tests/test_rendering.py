@@ -87,6 +87,8 @@ def test_a_chat_template_is_a_file_a_name_or_jinja(tmp_path) -> None:
     [
         ("nowhere.jinja", r"'nowhere.jinja' is neither a file.*own are default"),
         ("a\0b", "neither a file"),
+        ("~nobody_here/x.jinja", "neither a file"),
+        (".", "neither a file"),
         ("x" * 5000, "neither a file"),
         ("{% for %}", "broken, line 1"),
         ("a\n{{ b", "broken, line 2"),

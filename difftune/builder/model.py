@@ -40,7 +40,7 @@ def build_tokenizer(config: Config, *, of_run: bool = False, write: bool = True)
     if name is None:
         assert config.model.path is not None, "checked with the config"
         name = tokenizer_folder(config.model.path)
-    run_dir = Path(config.run_dir).expanduser()
+    run_dir = Path(config.run_dir)
     day = date_of_run(run_dir) if of_run else None
     tokenizer = build_named_tokenizer(name, chat_template=config.chat_template, template_date=day)
     if of_run and write:

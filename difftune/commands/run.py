@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def _fit(recipe: Config, config: Config, tokenizer: PreTrainedTokenizerBase) -> 
     if is_first_rank():
         with naming("run_dir"):
             folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
+        # Templates that an earlier start left there would come back as this tokenizer's.
+        shutil.rmtree(folder.path / "tokenizer" / "additional_chat_templates", ignore_errors=True)
         tokenizer.save_pretrained(folder.path / "tokenizer")
     stages = config.resolved_stages()
     model: DiffTransformerForCausalLM | None = None

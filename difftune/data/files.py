@@ -69,6 +69,10 @@ def data_files(path: Path, split: str) -> list[Path]:
             f"{path} holds no data file ({READABLE}){others}. Of subfolders only `data` and those named as a split are "
             "searched: name another one as the path"
         )
+    # A file under a second name would be learned twice.
+    first = {file.resolve(): file for file in reversed(found)}
+    unread += [str(file.relative_to(path)) for file in found if first[file.resolve()] != file]
+    found = [file for file in found if first[file.resolve()] == file]
     splits = {file: split_of(file.relative_to(path)) for file in found}
     wanted = _GROUPS.get(split.lower(), split.lower())
     exact = [file for file in found if split.lower() in _words(file.relative_to(path)) and splits[file] != "train"]
@@ -127,7 +131,9 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
 def _warn(path: str, split: str, unread: tuple[str, ...], left_out: tuple[str, ...]) -> None:
     """Once for each folder: it is asked for its files several times."""
     if unread:
-        log.warning("%s: not read, since these are no data files: %s", path, _some(list(unread)))
+        log.warning(
+            "%s: not read, since these are no data files, or others by a second name: %s", path, _some(list(unread))
+        )
     if left_out:
         log.warning("%s: not read, since these are not of the split %s: %s", path, split, _some(list(left_out)))
 

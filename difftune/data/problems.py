@@ -3,6 +3,7 @@
 import logging
 import random
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,17 @@ class Problem:
     """The turns before the answer, as in training; render them with `add_generation_prompt=True`."""
 
 
+class Problems(list[Problem]):
+    """Problems of one set, and what of its rows is none."""
+
+    dropped: dict[str, int]
+    """Rows without a question or an answer, by the reason; of the whole set."""
+
+    def __init__(self, problems: Iterable[Problem], dropped: Mapping[str, int]) -> None:
+        super().__init__(problems)
+        self.dropped = dict(dropped)
+
+
 def load_problems(
     path: str,
     limit: int | None = None,
@@ -36,7 +48,7 @@ def load_problems(
     name: str | None = None,
     options: dict[str, Any] | None = None,
     columns: dict[str, str] | None = None,
-) -> list[Problem]:
+) -> Problems:
     """Read problems from a source whose format knows the final answer.
 
     Args:
@@ -82,6 +94,6 @@ def load_problems(
         total = len(problems) + dropped.total()
         log.warning("%s: %d of %d problems dropped: %s", path, dropped.total(), total, reasons)
     if limit is None or limit >= len(problems):
-        return problems
+        return Problems(problems, dropped)
     chosen = random.Random(seed).sample(range(len(problems)), limit)
-    return [problems[index] for index in sorted(chosen)]
+    return Problems((problems[index] for index in sorted(chosen)), dropped)

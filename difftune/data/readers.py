@@ -55,7 +55,7 @@ def _check_encoding(path: Path, file: io.BufferedReader) -> None:
     start = file.peek(64)[:64]
     for magic, suffix in _MAGIC.items():
         if start.startswith(magic):
-            raise ValueError(f"{path}: its content is that of a {suffix} file: name it so, or unpack it")
+            raise ValueError(f"{path}, line 1: its content is that of a {suffix} file: name it so, or unpack it")
     name = next((name for magic, name in _UTF16.items() if start.startswith(magic)), None)
     if name or b"\0" in start:
         raise ValueError(
@@ -92,7 +92,7 @@ def _json_row(line: str, where: str) -> Row:
         hint = "; a row must stand on one line" if line.strip() in ("{", "[", "[{") else ""
         text = f"not valid JSON ({error.msg} at column {error.colno}{hint}); it begins {line.rstrip()[:60]!r}"
         return _bad(where, _not_utf8(line) or text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return _bad(where, f"not valid JSON ({error}); it begins {line.rstrip()[:60]!r}")
     if wrong := _not_utf8(line):
         return _bad(where, wrong)
@@ -106,7 +106,7 @@ def _read_json(path: Path, file: io.TextIOWrapper) -> Iterator[Row]:
         raise ValueError(f"{path}, line {line}: {wrong}")
     try:
         rows = _loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         hint = "; one object a line? then name the file .jsonl" if "Extra data" in str(error) else ""
         raise ValueError(f"{path}: not valid JSON ({error}){hint}") from error
     if not isinstance(rows, list):
@@ -143,6 +143,11 @@ def _read_csv(path: Path, file: io.TextIOWrapper) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):
+                # How many rows it swallowed cannot be known.
+                raise ValueError(
+                    f"{where}: a quote is opened here and never closed, so no row after it is seen"
+                ) from error
             yield _bad(where, f"not valid CSV ({error}): quote cells that hold quotes, and double these")
             continue
         if not cells:
@@ -210,7 +215,10 @@ def _batch_rows(path: Path, batch: Any, before: int) -> Iterator[Row]:
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

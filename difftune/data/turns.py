@@ -7,7 +7,7 @@ of template need more than the difference of the two renderings:
   each turn is learned in the one in which it is the last.
 * Some open a thought in the generation prompt and take it from the finished turn, or drop every thought: the
   document is the generation prompt, what the row has the model write after it, and the template's end of the turn.
-* Some write an empty thought before an answer without one: it is read, and not learned.
+* Some write an empty thought before an answer without one: it is read, and not learned. (One of the row itself is.)
 """
 
 import logging
@@ -94,7 +94,9 @@ def _render_turn(
         )
     start = len(prompt)
     opened = _OPENED.search(prompt)
-    if (empty := _EMPTY.match(whole, opened.start() if opened else start)) and empty.end() > start:
+    empty = _EMPTY.match(whole, opened.start() if opened else start)
+    # One that the row itself has is as much an answer as all else that it says.
+    if empty and empty.end() > start and not _EMPTY.match(message.get("content") or ""):
         start = empty.end()
         _say_empty()
     end = _end(tokenizer, whole, start, lambda: _ending(tokenizer, messages, place, where))

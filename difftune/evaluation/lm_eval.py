@@ -285,7 +285,7 @@ def harness_model(
             return ids[-longest:] if longest else ids
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            options = {} if add_generation_prompt else {"continue_final_message": True}
+            options: dict[str, Any] = {} if add_generation_prompt else {"continue_final_message": True}
             return render_chat(tokenizer, chat_history, add_generation_prompt=add_generation_prompt, **options)
 
     return Interruptible(

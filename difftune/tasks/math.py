@@ -8,7 +8,7 @@ from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
-    from difftune.data.problems import Problem
+    from difftune.data.problems import Problems
     from difftune.evaluation.math import MathTask
 
 
@@ -65,7 +65,7 @@ class MathTaskConfig(TaskConfig):
             return []
         return ["num_shots: goes with shots_path, a source of worked answers; set both, or neither"]
 
-    def read(self, seed: int, limit: int | None) -> list["Problem"]:
+    def read(self, seed: int, limit: int | None) -> "Problems":
         """The problems of its set.
 
         Args:
@@ -104,6 +104,7 @@ class MathTaskConfig(TaskConfig):
         return MathTask(
             name=self.task_name(),
             problems=problems,
+            dropped=problems.dropped,
             max_new_tokens=self.max_new_tokens or defaults.max_new_tokens,
             batch_size=defaults.batch_size,
             temperature=defaults.temperature,

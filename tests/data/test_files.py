@@ -57,7 +57,7 @@ def test_what_is_held_out_is_never_trained_on_and_named(folder, caplog):
         assert names(path, "train") == ["a.jsonl"]
         assert names(path, "train") == ["a.jsonl"]
     assert len(caplog.messages) == 2
-    assert "no data files: notes.txt, old.zip, other/" in caplog.text
+    assert "no data files, or others by a second name: notes.txt, old.zip, other/" in caplog.text
     assert "not of the split train: a_test.jsonl, dev/b.jsonl" in caplog.text
     assert names(path, "test") == ["a_test.jsonl"]
     assert names(path, "validation") == names(path, "dev") == ["dev/b.jsonl"]
@@ -91,3 +91,11 @@ def test_suffixes_say_the_kind():
     assert kind_of_file(Path("A.JSONL.GZ")) == (".jsonl", "gzip")
     assert kind_of_file(Path("a.b.parquet")) == (".parquet", None)
     assert [kind_of_file(Path(name)) for name in ("a.gz", "a", "a.parquet.zst", "a.tar.gz")] == [None] * 4
+
+
+def test_a_file_with_two_names_is_read_once(folder, caplog):
+    path = folder("b.jsonl")
+    (path / "a.jsonl").symlink_to(path / "b.jsonl")
+    (path / "loop.jsonl").symlink_to(path / "loop.jsonl")
+    assert names(path, "train") == ["a.jsonl"]
+    assert "second name: loop.jsonl, b.jsonl" in caplog.text

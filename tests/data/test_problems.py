@@ -69,6 +69,7 @@ def test_dropped_problems_are_counted_and_nan_is_no_text(tmp_path, caplog):
     )
     problems = load_problems(str(path))
     assert [(problem.id, problem.answer) for problem in problems] == [("0", "2"), ("3", "4.0")]
+    assert problems.dropped == load_problems(str(path), 1).dropped == {"empty answer": 2, "empty question": 1}
     assert "rows.jsonl: 3 of 5 problems dropped: 2 empty answer, 1 empty question" in caplog.text
     path.write_text('{"question": "1+2", "answer": NaN}\n')
     with pytest.raises(ValueError, match="has no problem to evaluate on: 1 empty answer"):

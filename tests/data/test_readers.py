@@ -65,7 +65,7 @@ def test_other_encodings_are_named_with_their_line(read):
         ('{"a": 1, "a": 2}', "the key 'a' stands there twice"),
         ('{"a": 1,}', "at column"),
         ("{", "a row must stand on one line"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "not valid JSON (nested too deep)"),
         ("1" * 5000, "not valid JSON"),
         ("3", "a row must be a JSON object with named columns, got int"),
     ],
@@ -94,6 +94,8 @@ def test_tables_of_text(read):
     assert short[1] == {"a": "1", "b": "2"}
     assert "line 2: another number of cells than the header (1 of 2)" in short[0]
     assert "line 4" in short[2]
+    with pytest.raises(ValueError, match=r"open\.csv, line 3: a quote is opened here and never closed"):
+        read("open.csv", b'a,b\n1,2\n"3,4\n5,6\n')
     with pytest.raises(ValueError, match="need different names, got a, a"):
         read("twice.csv", b"a,a\n1,2\n")
 

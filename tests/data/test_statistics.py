@@ -6,6 +6,7 @@ import pytest
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
 from difftune.data.statistics import DataStatistics
+from difftune.data.tokenizers import build_tokenizer
 from tests.conftest import shared_data
 
 ROWS = [
@@ -135,3 +136,18 @@ def test_unknown_tokens_are_counted(tmp_path, write_jsonl):
     rows = [{"text": "a b a"}, {"text": "c d"}]
     data = SFTDataModule(tokenizer=tokenizer, train=[Source(write_jsonl(rows))], seq_len=8, micro_batch_size=1)
     assert data.prepare().unknown_tokens == 3
+
+
+def test_further_turns_of_a_row_are_counted(write_jsonl) -> None:
+    forgetful = (
+        "{% for m in messages %}{% set whole = loop.last or m.role == 'user' %}"
+        "{{ '<|' + m.role + '|>' + (m.content if whole else m.content[:1]) + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = build_tokenizer("bytes", chat_template=forgetful)
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": turns[:4]}]
+    data = SFTDataModule(tokenizer=tokenizer, train=[Source(write_jsonl(rows))], seq_len=200, micro_batch_size=1)
+    stats = data.prepare()
+    assert (stats.rows_read, stats.kept, stats.further_turns) == (3, 6, 3)
+    assert "of them further turns of a row" in stats.table()

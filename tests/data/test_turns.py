@@ -87,6 +87,12 @@ def test_an_empty_thought_is_read_and_not_learned(template: str, prompt: str) ->
     assert learned(template, "1+1", "2") == [f"{prompt}<think>\n\n</think>\n\n[[2<|eos|>]]"]
 
 
+def test_an_empty_thought_of_the_row_is_learned() -> None:
+    kept = TAIL.replace("[end of turn]", "")
+    for template, prompt in ((kept, "<|user|>1+1<|eos|><|assistant|>"), (QWEN3, "<|user|>\n1+1\n<|assistant|>\n")):
+        assert learned(template, "1+1", "<think>\n\n</think>\n\n2") == [f"{prompt}[[<think>\n\n</think>\n\n2<|eos|>]]"]
+
+
 def test_a_thought_that_the_template_takes_away_is_learned_behind_the_generation_prompt() -> None:
     assert learned(R1, "1+1", f"{THOUGHT}2", "2+2", f"{THOUGHT}4") == [
         "<|user|>1+1<|assistant|><think>\n[[add\n</think>\n\n2<|eos|>]]",
