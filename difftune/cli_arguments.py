@@ -83,7 +83,7 @@ def _is_operand(argument: str, found: Invocation) -> bool:
     command = COMMANDS[found.command]
     if command.operand is None or (found.operand is not None and not command.many):
         return False
-    # KEY=VALUE is an operand only if it is there, or has the slash of a path: export takes both, the others say why not.
+    # KEY=VALUE is an operand only if it is there, or has the slash of a path before the sign.
     named_by_key = "=" in argument and "/" not in argument.partition("=")[0]
     return _is_there(argument) if named_by_key or command.reads_recipe else True
 
