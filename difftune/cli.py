@@ -17,7 +17,7 @@ from difftune.cli_arguments import Invocation, UsageError, number, option_overri
 from difftune.cli_commands import COMMANDS, command_help, help_text
 from difftune.interruption import raising
 from difftune.rank_errors import is_told_by_first
-from difftune.user_errors import is_user_error, message_of
+from difftune.user_errors import is_user_error, message_of, naming
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,7 +222,9 @@ def _look_at_runs(found: Invocation) -> int:
     if found.command == "report":
         from difftune.report.page import write_report
 
-        print(write_report(runs, Path(found.single("out") or "report.html")))
+        out = Path(found.single("out") or "report.html")
+        with naming(f"--out {out}"):
+            print(write_report(runs, out))
         return 0
     from rich.console import Console
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
 _DOCUMENT = ("document", "article", "context", "text")
 _QUESTION = ("question", "input", "query")
 _GOLD = ("summary", "highlights", "answers", "answer", "output")
+
+
+def _why_no_address(url: str) -> str | None:
+    """Why a text is no address of an endpoint; None if it is one."""
+    if any(character.isspace() or not character.isprintable() for character in url):
+        return "has a blank or a character that cannot be seen"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"is no address ({error})"
+    if parts.scheme not in ("http", "https"):
+        return "does not begin with http:// or https://"
+    return None if host else "names no host"
 
 
 @dataclass(kw_only=True)
@@ -65,6 +80,12 @@ class HallucinationTaskConfig(TaskConfig):
             return ["nli_model: judge=nli needs the folder of a classifier of natural language inference"]
         if self.judge == "endpoint" and not self.url:
             return ["url: judge=endpoint needs its address, such as http://localhost:8000/v1"]
+        if self.judge == "endpoint" and (reason := _why_no_address(str(self.url))):
+            return [f"url: {self.url!r} {reason}; an address looks like http://localhost:8000/v1"]
+        key = os.environ.get(self.api_key_env) if self.judge == "endpoint" else None
+        if key is not None and not (key.isascii() and key.isprintable()):
+            # Its text stays out of the message.
+            return [f"api_key_env: the key in {self.api_key_env} has characters that no header can send; set it again"]
         return []
 
     def build(self, defaults: Defaults) -> "HallucinationTask":

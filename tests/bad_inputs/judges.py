@@ -60,7 +60,7 @@ CASES: list[Case] = [
     ),
     _judge("a classifier without a folder", "judge=nli", says=("nli_model",)),
     _judge("a classifier that is not there", "judge=nli", "nli_model=none", says=("none",)),
-    _judge("a classifier that is a text model", "judge=nli", "nli_model=model", says=("model", "entailment")),
+    _judge("a classifier that is a text model", "judge=nli", "nli_model=model", says=("model", "classifier")),
     _judge("a threshold of 2", "threshold=2", says=("threshold", "2")),
     _judge("a threshold that is nan", "threshold=.nan", says=("threshold", "nan")),
     _judge("documents without a summary", says=("docs.jsonl", "summary"), files={"docs.jsonl": '{"document": "x"}\n'}),
@@ -69,7 +69,7 @@ CASES: list[Case] = [
         says=("docs.jsonl", "document"),
         files={"docs.jsonl": '{"document": 1, "summary": "x"}\n'},
     ),
-    _judge("no documents", says=("docs.jsonl",), files={"docs.jsonl": ""}),
+    _judge("no documents", says=("docs", "no document"), files={"docs.jsonl": ""}),
     fit(
         "a judge in a recipe without an address",
         "evaluation.tasks=[{kind: hallucination, path: docs.jsonl, judge: endpoint}]",
