@@ -41,6 +41,14 @@ def test_of_a_folder_that_was_there_only_the_new_files_go(tmp_path: Path) -> Non
     assert mine.read_text() == "mine"
 
 
+def test_what_was_written_anew_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("old")
+    with pytest.raises(ValueError, match="seed"), nothing_left_if_refused(tmp_path, KEEP, restore=["config.yaml"]):
+        (tmp_path / "config.yaml").write_text("new")
+        refuse()
+    assert (tmp_path / "config.yaml").read_text() == "old"
+
+
 def test_training_that_was_done_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed"), nothing_left_if_refused(tmp_path / "run", KEEP):
         work(tmp_path / "run")

@@ -22,6 +22,7 @@ from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
 from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
+from difftune.modeling.rope_settings import KNOWN
 from difftune.modeling.special_tokens import declare_special_tokens
 from difftune.rendering import date_of_run, keep_date
 
@@ -50,6 +51,7 @@ def build_tokenizer(config: Config, *, of_run: bool = False, write: bool = True)
 
 def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
     """The architecture of a fresh model, with the vocabulary and the special tokens of the tokenizer."""
+    _require_known(config)
     return DiffTransformerConfig(
         **{"vocab_size": len(tokenizer), **config.architecture()},
         attention_backend=config.attention_backend,
@@ -58,6 +60,15 @@ def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def _require_known(config: ModelConfig) -> None:
+    """Refuse what transformers would only warn of in a log that nobody sees."""
+    unknown = sorted(set(config.rope_parameters or {}) - set(KNOWN))
+    if unknown:
+        raise ValueError(
+            f"model.rope_parameters: unknown key {', '.join(map(repr, unknown))}; known are {', '.join(KNOWN)}"
+        )
 
 
 def build_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
@@ -95,6 +106,7 @@ def build_model(
         given = config.architecture()
         context = {name: given[name] for name in ("max_position_embeddings", "rope_parameters") if name in given}
         if context:
+            _require_known(config)
             model.extend_context(**context)
         # A later stage goes on with the warm-up that the first one began.
         if config.lambda_warmup_steps is not None and start_from is None:

@@ -57,6 +57,9 @@ from difftune.user_errors import naming
 
 log = logging.getLogger(__name__)
 
+_REWRITTEN = ("config.yaml", "environment.json", "tokenizer/*")
+"""What every `fit` writes anew in its run folder."""
+
 
 def fit(config: Config, *, dry_run: bool = False) -> int:
     """Train the stages of a config, each from the model that the one before left; export; show what came out.
@@ -81,7 +84,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         return 0
 
     recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
-    with nothing_left_if_refused(Path(config.run_dir), keep="checkpoints/*/step-*"):
+    with nothing_left_if_refused(Path(config.run_dir), keep="checkpoints/*/step-*", restore=_REWRITTEN):
         return _fit(recipe, config, tokenizer)
 
 
@@ -138,7 +141,10 @@ def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None
         ValueError: If the data cannot be read, or a check finds them unfit; if `teacher` and no stage stores one.
     """
     set_up_logging()
-    prepare_stages(config, build_tokenizer(config, of_run=True), console, workers=workers, teacher=teacher, check=check)
+    # What is tokenised is worth keeping, whatever a later stage is refused for.
+    with nothing_left_if_refused(Path(config.run_dir), keep="cache/*/meta.json"):
+        tokenizer = build_tokenizer(config, of_run=True)
+        prepare_stages(config, tokenizer, console, workers=workers, teacher=teacher, check=check)
 
 
 def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:

@@ -152,8 +152,7 @@ class _Converter:
         if not isinstance(node, yaml.CollectionNode):
             return Node(self.scalar(node), self.where(node))
         self.enter(node)
-        items = isinstance(node, yaml.SequenceNode)
-        own: Any = [self.convert(item) for item in node.value] if items else self.mapping(node)
+        own: Any = self.mapping(node) if isinstance(node, yaml.MappingNode) else [self.convert(n) for n in node.value]
         self.around.pop()
         return Node(own, self.where(node))
 

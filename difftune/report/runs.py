@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from difftune.report.summary import read_json_lines, read_metrics
+from difftune.small_files import read_json_mapping, read_yaml_mapping
 
 KIND_NAMES = {
     "diff_v1": "Differential, V1",
@@ -120,7 +119,7 @@ class Run:
         return found
 
 
-_METRIC = {"step": int, "tokens": int, "name": str, "stage": str, "value": (int, float, type(None))}
+_METRIC: dict[str, Any] = {"step": int, "tokens": int, "name": str, "stage": str, "value": (int, float, type(None))}
 """What a line of metrics must hold."""
 
 
@@ -222,22 +221,8 @@ def differing_keys(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return _mapping(path, yaml.safe_load)
+    return read_yaml_mapping(path) if path.is_file() and path.stat().st_size else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return _mapping(path, json.loads)
-
-
-def _mapping(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """What a file of a run holds; nothing if it is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        content = read(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged ({reason}): name another folder, or put a copy in its place") from error
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}: is it of another program?")
-    return content or {}
+    return read_json_mapping(path) if path.is_file() else {}

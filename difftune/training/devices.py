@@ -40,7 +40,7 @@ def device_problem(
     kind = kind_of_device(accelerator)
     remedy = "set trainer.accelerator=cpu (--device cpu), or auto"
     # The registered accelerator of Lightning cannot count what is not there.
-    wanted = len(_numbers(devices)) or (int(devices) if str(devices).lstrip("-").isdecimal() else 1)
+    wanted = len(_numbers(devices)) or (int(str(devices)) if str(devices).lstrip("-").isdecimal() else 1)
     if kind == "cuda" and not torch.cuda.is_available():
         build = "torch finds none" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
         number = f"{max(wanted, 1)} cuda device{'s' if wanted > 1 else ''}"

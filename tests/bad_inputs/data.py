@@ -128,6 +128,18 @@ CASES: list[Case] = [
         files={"rows.jsonl": _GOOD + json.dumps({"question": "1" * 99, "answer": "2"}) + "\n"},
     ),
     fit("rows: a hub data set, offline", "data.train=[{path: some-org/some-data}]", says=("some-org/some-data", "hub")),
+    Case(
+        "rows: prepare of a broken line",
+        ("prepare", "--config", "tiny.yaml", "data.train=[{path: rows.jsonl}]", "--check", "--workers", "1"),
+        ("rows.jsonl", "line 2"),
+        files={"rows.jsonl": _GOOD + "{\n" + _GOOD},
+    ),
+    Case(
+        "rows: prepare of nothing",
+        ("prepare", "--config", "tiny.yaml", "data.train=[{path: rows.jsonl}]", "--workers", "1"),
+        ("rows.jsonl",),
+        files={"rows.jsonl": ""},
+    ),
     fit(
         "rows: streaming a broken line",
         "data.train=[{path: rows.jsonl}]",

@@ -1,11 +1,13 @@
 """Runs wrong inputs, each in a process forked from one that has imported everything, and judges how they end."""
 
+import hashlib
 import logging
 import os
 import pwd
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -184,11 +186,14 @@ def _become_command(argv: tuple[str, ...], work: Path, home: Path, env: object, 
 
 
 def _listing(folder: Path) -> set[str]:
-    """Every path below a folder, with the size and time of each file: what is new or changed shows."""
+    """Every path below a folder, with the content of each file: what is new or changed shows."""
     found = set()
     for path in folder.rglob("*"):
         entry = path.lstat()
-        found.add(f"{path}" if path.is_dir() else f"{path} {entry.st_size} {entry.st_mtime_ns}")
+        # Who may not read a file could not have written it either; a pipe would be waited for.
+        plain = stat.S_ISREG(entry.st_mode)
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if plain else oct(entry.st_mode)
+        found.add(f"{path}" if path.is_dir() else f"{path} {content}")
     return found
 
 

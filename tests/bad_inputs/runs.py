@@ -64,7 +64,6 @@ CASES: list[Case] = [
     _more("config.yaml deep", _write("finished/config.yaml", "[" * 5000), "config.yaml"),
     _more("done.json cut off", _write("finished/checkpoints/main/done.json", "{"), "done.json"),
     _more("done.json of a list", _write("finished/checkpoints/main/done.json", "[]"), "done.json"),
-    _more("done.json of nothing", _write("finished/checkpoints/main/done.json", "{}"), "done.json"),
     _more("done.json deep", _write("finished/checkpoints/main/done.json", "[" * 100_000), "done.json"),
     _more("every checkpoint damaged", _damage_all, "checkpoint"),
     _more(

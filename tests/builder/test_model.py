@@ -151,3 +151,9 @@ def test_a_token_without_a_row_is_refused_with_both_numbers():
     tokenizer.add_tokens([f"<extra{n}>" for n in range(9)])
     with pytest.raises(ValueError, match=r"the tokenizer has 111 tokens, the model's embedding 110 rows"):
         build_model(config.model, tokenizer, 0)
+
+
+def test_an_unknown_key_of_the_rotation_is_refused_with_those_that_are_known():
+    config = load_config(None, ["tokenizer=digits", "model.rope_parameters={rope_thet: 10}"], command="plan")
+    with pytest.raises(ValueError, match=r"unknown key 'rope_thet'; known are rope_type, rope_theta"):
+        fresh_architecture(config.model, build_tokenizer(config))
