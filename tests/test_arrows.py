@@ -130,6 +130,7 @@ ARROWS: dict[str, set[str]] = {
         "commands.verify",
         "config",
         "interruption",
+        "left_behind",
         "rank_errors",
         "report",
         "user_errors",

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.builder.scale import build_fresh_skeleton, build_stored_skeleton
 from difftune.checkpoints.adapter_config import tokenizer_folder
 from difftune.checkpoints.adapters import load_adapter
+from difftune.checkpoints.folders import could_be_hub_id, resolve_folder
 from difftune.checkpoints.load import load_model, read_architecture
 from difftune.checkpoints.sharded import StoredWeights, weightless_projections
 from difftune.config import Config, ModelConfig
@@ -40,6 +41,9 @@ def build_tokenizer(config: Config, *, of_run: bool = False, write: bool = True)
     name = config.tokenizer
     if name is None:
         assert config.model.path is not None, "checked with the config"
+        if not could_be_hub_id(config.model.path):
+            # Else a model that is not there would be called a tokenizer that is not.
+            resolve_folder(config.model.path)
         name = tokenizer_folder(config.model.path)
     run_dir = Path(config.run_dir)
     day = date_of_run(run_dir) if of_run else None

@@ -167,7 +167,7 @@ def select_items(items: list[Node], key: str, path: str, where: str) -> list[int
     if key in names:
         return [index for index, name in enumerate(names) if name == key]
     listed = f" ({', '.join(name for name in names if name)})" if any(names) else ""
-    raise LookupError(f"{where}: '{path}' has no item '{key}': it has {len(items)}{listed}, counted from 0")
+    raise LookupError(f"{where}: '{path}' has no item '{key[:40]}': it has {len(items)}{listed}, counted from 0")
 
 
 def nearest(word: str, known: list[str]) -> str:

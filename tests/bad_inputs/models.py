@@ -114,6 +114,11 @@ CASES: list[Case] = [
             ("fit", "--config", "tiny.yaml", "tokenizer=null", "model.path=none"),
         )
     ),
+    Case(
+        "evaluate a model that is not there into a folder",
+        ("evaluate", "--model", "./none", "--data", "synthetic:arithmetic", "--out", "~/results"),
+        ("none",),
+    ),
     Case("a model on the hub, offline", ("generate", "--model", "some-org/x", "--prompt", "1"), ("some-org/x",)),
     Case("a model named with two slashes", ("generate", "--model", "a/b/c", "--prompt", "1"), ("a/b/c",)),
     Case(
