@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
-console = Console()
+# Without markup: names, paths and answers of a model hold brackets that mean nothing to us. Where a style is meant, the
+# call says markup=True, and escapes what is not ours.
+console = Console(markup=False)
 
 
 def set_up_logging() -> None:
@@ -40,7 +42,9 @@ def is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def say(text: str) -> None:
-    """A line on the terminal, from the first process alone."""
+def say(text: str, heading: str = "") -> None:
+    """A line on the terminal, from the first process alone; a heading stands before it in bold."""
     if is_first_rank():
+        if heading:
+            console.print(heading, style="bold", end="", highlight=False, soft_wrap=True)
         console.print(text, highlight=False, soft_wrap=True)

@@ -26,6 +26,7 @@ from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.intervals import wilson_interval
 from difftune.evaluation.judges import Claim, Judge, Judgement, JudgeSilentError, JudgeUnavailableError
 from difftune.evaluation.task import Clock, ItemTask, mean, share, without_nan
+from difftune.rendering import chat_ids, text_ids
 
 log = logging.getLogger(__name__)
 
@@ -257,11 +258,9 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, source: SourceText) -> list[int]
     form = _SUMMARISE if source.question is None else _ASK
     content = form.format(document=source.document, question=source.question)
     if tokenizer.chat_template is None:
-        return list(tokenizer(content + "\n\n")["input_ids"])
+        return text_ids(tokenizer, content + "\n\n")
     chat = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    # The template has written the special tokens already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return chat_ids(tokenizer, chat, f"document {source.id}", add_generation_prompt=True)
 
 
 def _key(state: str, prompt: list[int], max_new_tokens: int) -> str:
