@@ -193,7 +193,7 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
     if exit_code is not None:
         log.warning("stopped by a signal; with --out the same command goes on from here")
         raise SystemExit(exit_code)
-    failures = [f"{task.name}: {task.failure}" for task in tasks if getattr(task, "failure", None)]
+    failures = [f"{task.name}: {task.failure}" for task in tasks if task.failure]
     if failures:
         log.error("not all was evaluated: %s; with --out the same command measures the rest", "; ".join(failures))
         raise SystemExit(1)

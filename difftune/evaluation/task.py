@@ -64,6 +64,8 @@ class Task(Protocol[S]):
     """Names it in metrics and samples."""
     sample_type: ClassVar[type]
     """The dataclass of its samples."""
+    failure: str | None
+    """What it needs and could not reach, so that it stopped; None: nothing."""
 
     @property
     def num_items(self) -> int:

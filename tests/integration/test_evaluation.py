@@ -95,12 +95,12 @@ def test_ctrl_c_in_the_middle_of_a_block_keeps_what_was_answered_and_a_second_on
     batches: list[int] = []
     original = generation._generate_batch
 
-    def interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
+    def interrupted(model: Any, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
         batches.append(len(prompts))
         if len(batches) == 11:  # of two; a block has eight of them
             for _ in range(presses):
                 os.kill(os.getpid(), signal.SIGINT)
-        return original(model, tokenizer, prompts, *settings)
+        return original(model, prompts, *settings)
 
     monkeypatch.setattr(generation, "_generate_batch", interrupted)
     out = tmp_path / "stopped"
