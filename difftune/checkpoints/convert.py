@@ -54,6 +54,7 @@ _COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -258,7 +259,9 @@ def _carry_along(source: Source, folder: Path) -> None:
     elif source.folder is not None:
         for path in sorted(p for pattern in _COMPANIONS for p in source.folder.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+                target = folder / path.relative_to(source.folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def _read_text(path: Path) -> str:

@@ -16,6 +16,7 @@ from difftune.checkpoints.llama import config_to_llama, write_llama
 from difftune.checkpoints.publish import model_card, new_folder, usage
 from difftune.checkpoints.remote_code import write_remote_code
 from difftune.checkpoints.shards import MAX_SHARD_BYTES
+from difftune.checkpoints.special_tokens import write_special_tokens
 from difftune.checkpoints.streams import HEAD
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.modeling.quantized import quantization_of
@@ -108,6 +109,7 @@ def export_model(
         _WRITERS[format](model, written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
+            write_special_tokens(written, tokenizer)
         reloaded_as, difference, budget = _compare(model, written) if verify else (None, None, None)
         report = ExportReport(target, format, reloaded_as, difference, budget)
         (written / "README.md").write_text(_model_card(model, report, source), encoding="utf-8")

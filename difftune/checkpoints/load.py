@@ -85,7 +85,7 @@ def read_architecture(path_or_hub_id: str | Path) -> DiffTransformerConfig:
     """
     folder, kind = find_model(path_or_hub_id)
     if kind == "adapter":
-        from difftune.checkpoints.adapters import adapter_base
+        from difftune.checkpoints.adapter_config import adapter_base
 
         return read_architecture(adapter_base(folder))
     if kind == "diffllama":
