@@ -133,7 +133,7 @@ def _run(found: Invocation) -> int:
             check="check" in found.flags,
         )
     elif command == "evaluate":
-        run.evaluate(config, out=Path(out) if out else None)
+        run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
     elif command == "generate":
         run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
     else:
