@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart  train, evaluate and export a small model on the CPU, in minutes"
 	@echo "make test        the test suite (no network, no GPU)"
 	@echo "make test-real   tests on SmolLM2-135M, from the wheel that holds it (90 MB); 15 minutes on two cores"
-	@echo "make test-faults trainings on two ranks, killed and signalled 50 times at random, resumed and compared; minutes"
+	@echo "make test-faults trainings on two ranks, killed and signalled 50 times, resumed and compared; 1000 wrong inputs; minutes"
 	@echo "make test-newest tests with the newest of every dependency, in an environment of its own, $(NEWEST)"
 	@echo "make test-lowest the quickstart's dry run with the oldest that pyproject.toml allows, in $(LOWEST)"
 	@echo "make check       formatting, lint and types; 'make format' mends what can be mended"
@@ -49,6 +49,7 @@ test-real: $(READY)
 
 test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --rounds 50
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bad_inputs --failures bad-inputs.txt
 
 # What a user gets who installs today: no constraints. Resolved anew at every call.
 test-newest:

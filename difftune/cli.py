@@ -3,24 +3,29 @@
 Exit codes: 0 done; 1 the run failed; 2 the user's input was wrong, told in one message; 128 + n stopped by signal n.
 """
 
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from difftune import __version__
-from difftune.cli_arguments import Invocation, UsageError, option_overrides, parse, task_overrides
+from difftune.cli_arguments import Invocation, UsageError, number, option_overrides, parse, task_overrides
 from difftune.cli_commands import COMMANDS, command_help, help_text
 from difftune.interruption import raising
+from difftune.left_behind import nothing_left_if_refused
 from difftune.rank_errors import is_told_by_first
+from difftune.user_errors import is_user_error, message_of, naming
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
     _disable_telemetry()
+    _write_what_the_terminal_can()
     # It advises another package for a fast path that our 4-bit layers turn off, since that path loses gradients.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -42,18 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or code == 1:
             traceback.print_exc()
         if code == 2:
-            print(f"difftune: error: {error}", file=sys.stderr)
+            print(f"difftune: error: {message_of(error)}", file=sys.stderr)
         return code
-
-
-def is_user_error(error: BaseException) -> bool:
-    """Whether a message is enough: our own code refused a value, or a file is missing or not to be read."""
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
-        return True
-    if not isinstance(error, (ValueError, ImportError)) or error.__traceback__ is None:
-        return False
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return Path(innermost.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def _dispatch(found: Invocation) -> int:
@@ -124,8 +119,10 @@ def _run(found: Invocation) -> int:
         return run.fit(config, dry_run="dry-run" in found.flags) or 0
     if command == "prepare":
         workers = found.single("workers")
-        if workers is not None and not (workers.isdigit() and int(workers) > 0):
-            raise UsageError(f"--workers must be a number from 1 on, got {workers!r}")
+        if workers is not None and not (workers.isascii() and workers.isdigit() and workers.strip("0")):
+            raise UsageError(f"--workers must be a number from 1 on, got {workers[:40]!r}")
+        if workers is not None and len(workers) > 4:
+            raise UsageError(f"--workers must be at most 9999, got {workers[:40]}")
         run.prepare(
             config,
             workers=int(workers) if workers else os.cpu_count() or 1,
@@ -133,9 +130,14 @@ def _run(found: Invocation) -> int:
             check="check" in found.flags,
         )
     elif command == "evaluate":
-        run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
+        with nothing_left_if_refused(Path(out), keep="samples/*") if out else nullcontext():
+            run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
     elif command == "generate":
-        run.generate(config, prompts=[sys.stdin.read() if text == "-" else text for text in found.values["prompt"]])
+        prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
+        if not all(prompt.strip() for prompt in prompts):
+            raise UsageError("--prompt is empty: give a text, or - and the text on standard input")
+        is_set = "max-new-tokens" in found.values or any("max_new_tokens" in text for text in found.overrides)
+        run.generate(config, prompts=prompts, system=found.single("system"), may_shorten=not is_set)
     else:
         assert out is not None
         run.export(config, out=Path(out), overwrite="overwrite" in found.flags)
@@ -188,13 +190,15 @@ def _convert(found: Invocation) -> int:
     numbers: dict[str, float] = {}
     for name in ("lambda-init", "max-shard-gb"):
         value = found.single(name)
-        try:
-            numbers |= {} if value is None else {name: float(value)}
-        except ValueError as error:
-            raise UsageError(f"--{name} must be a number, got {value!r}") from error
+        if value is not None:
+            numbers[name] = number(name, value)
+            if name == "max-shard-gb" and numbers[name] <= 0:
+                raise UsageError(f"--{name} must be greater than 0, got {value}")
     steps = found.single("lambda-warmup-steps")
-    if steps is not None and not steps.isdecimal():
-        raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps!r}")
+    if steps is not None and not (steps.isascii() and steps.isdigit()):
+        raise UsageError(f"--lambda-warmup-steps must be a whole number of optimiser steps, got {steps[:40]!r}")
+    if steps is not None and len(steps) > 12:
+        raise UsageError(f"--lambda-warmup-steps must have at most 12 digits, got {len(steps)}")
 
     from difftune.commands.convert import convert
 
@@ -222,14 +226,23 @@ def _look_at_runs(found: Invocation) -> int:
     if found.command == "report":
         from difftune.report.page import write_report
 
-        print(write_report(runs, Path(found.single("out") or "report.html")))
+        out = Path(found.single("out") or "report.html")
+        with naming(f"--out {out}"):
+            print(write_report(runs, out))
         return 0
     from rich.console import Console
 
     from difftune.report.compare import compare_runs, comparison_table
 
-    Console().print(comparison_table(compare_runs(runs, metrics=found.values.get("metric", []))))
+    Console(markup=False).print(comparison_table(compare_runs(runs, metrics=found.values.get("metric", []))))
     return 0
+
+
+def _write_what_the_terminal_can() -> None:
+    """A terminal that knows few characters gets the others escaped; without this, an answer would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _disable_telemetry() -> None:

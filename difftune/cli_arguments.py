@@ -4,9 +4,11 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from difftune.cli_commands import COMMANDS, COMMON
+from difftune.cli_commands import COMMANDS, COMMON, Option
+from difftune.user_text import TextError, expand_path, finite_number
 
 
 @dataclass
@@ -51,10 +53,12 @@ def parse(arguments: Sequence[str]) -> Invocation:
                 continue
             if not equals and not rest:
                 raise UsageError(f"--{name} needs a value: --{name} {options[name].metavar}")
-            found.values.setdefault(name, []).append(value if equals else rest.pop(0))
+            found.values.setdefault(name, []).append(_value(options[name], value if equals else rest.pop(0)))
             if len(found.values[name]) > 1 and not options[name].repeatable:
                 hint = "; a recipe can build on another with base:" if name == "config" else ""
                 raise UsageError(f"--{name} is given twice{hint}")
+        elif _is_operand(argument, found):
+            _take_operand(argument, found)
         elif equals and (argument.startswith("--") or not argument.startswith("-")):
             found.overrides.append(argument)
         elif argument.startswith("-"):
@@ -64,14 +68,69 @@ def parse(arguments: Sequence[str]) -> Invocation:
             raise UsageError(f"a recipe goes after --config: --config {argument}")
         elif found.command is None:
             found.command = argument
-        elif found.operand is None and found.command in COMMANDS and COMMANDS[found.command].operand:
-            found.operand = argument
-        elif found.command in COMMANDS and COMMANDS[found.command].many:
-            found.more_operands.append(argument)
+        elif found.command in COMMANDS and COMMANDS[found.command].operand and found.operand is None:
+            _take_operand(argument, found)
         else:
             raise UsageError(f"unexpected argument {argument!r}; to set a recipe key, write KEY=VALUE")
     _check(found)
     return found
+
+
+def _is_operand(argument: str, found: Invocation) -> bool:
+    """Whether an argument is what a command works on, whatever its name looks like: `runs/lr=1e-4`, `a.yaml`."""
+    if found.command not in COMMANDS or argument.startswith("-"):
+        return False
+    command = COMMANDS[found.command]
+    if command.operand is None or (found.operand is not None and not command.many):
+        return False
+    # KEY=VALUE is an operand only if it is there, or has the slash of a path before the sign.
+    named_by_key = "=" in argument and "/" not in argument.partition("=")[0]
+    return _is_there(argument) if named_by_key or command.reads_recipe else True
+
+
+def _is_there(argument: str) -> bool:
+    try:
+        return Path(expand_path(argument)).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _take_operand(argument: str, found: Invocation) -> None:
+    assert found.command is not None
+    try:
+        path = expand_path(argument)
+    except TextError as error:
+        raise UsageError(f"{COMMANDS[found.command].operand} {error}") from error
+    if found.operand is None:
+        found.operand = path
+    else:
+        found.more_operands.append(path)
+
+
+def _value(option: Option, value: str) -> str:
+    """What an option was given; a path with `~` replaced."""
+    if not option.is_path:
+        return value
+    try:
+        return expand_path(value)
+    except TextError as error:
+        raise UsageError(f"--{option.name} {error}") from error
+
+
+def number(name: str, text: str) -> float:
+    """A finite number of the command line.
+
+    Args:
+        name: Of the option, for the error.
+        text: What was given.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    try:
+        return finite_number(text)
+    except TextError as error:
+        raise UsageError(f"--{name} {error}") from error
 
 
 def _check(found: Invocation) -> None:

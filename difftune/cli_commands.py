@@ -18,6 +18,8 @@ class Option:
     is_text: bool = False
     """The value is text as it stands, not YAML."""
     repeatable: bool = False
+    is_path: bool = False
+    """The value is a path, in which `~` is the home folder."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,18 @@ class Command:
 
 
 COMMON = (
-    Option("config", "recipe to start from (a YAML file)", "FILE", is_text=True),
+    Option("config", "recipe to start from (a YAML file)", "FILE", is_text=True, is_path=True),
     Option("print-config", "show the resolved recipe and stop"),
     Option("debug", "show the traceback of every error"),
     Option("help", "show this text"),
 )
-_MODEL = Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True)
-_BASE = Option("base", "base model of an adapter; the one that it names by default", "DIR", is_text=True)
+_MODEL = Option(
+    "model", "the model: a folder, a training checkpoint or a hub id", "DIR", "model.path", is_text=True, is_path=True
+)
+_TEMPLATE = Option(
+    "chat-template", "a file, or the name of a template of the tokenizer", "FILE", "chat_template", is_text=True
+)
+_BASE = Option("base", "base model of an adapter; the one that it names by default", "DIR", is_text=True, is_path=True)
 _DEVICE = Option("device", "cpu, cuda or auto", "NAME", "trainer.accelerator")
 _DTYPE = Option("dtype", "float32, bfloat16 or float16", "NAME", "model.dtype")
 _DECODING = (
@@ -103,7 +110,9 @@ COMMANDS = {
         "--model that model, and small ones with its attention; without, a small model of each kind. Takes a minute\n"
         "or two a kind. Exit code 1: something does not hold.",
         options=(
-            Option("model", "the model: a folder, a training checkpoint or a hub id", "DIR", is_text=True),
+            Option(
+                "model", "the model: a folder, a training checkpoint or a hub id", "DIR", is_text=True, is_path=True
+            ),
             Option("dtype", "of its weights: float32, bfloat16 or float16; as stored by default", "NAME"),
             Option("device", "cpu, cuda or auto (the default)", "NAME"),
         ),
@@ -139,6 +148,7 @@ COMMANDS = {
                 "FILE",
                 is_text=True,
                 repeatable=True,
+                is_path=True,
             ),
             Option(
                 "task",
@@ -151,10 +161,11 @@ COMMANDS = {
             Option("max-new-tokens", "longest answer", "N", "evaluation.tasks.*.max_new_tokens"),
             Option("batch-size", "prompts decoded together", "N", "evaluation.batch_size"),
             Option("num-samples", "answers a problem (needs a temperature)", "N", "evaluation.num_samples"),
+            _TEMPLATE,
             *_DECODING,
             _DEVICE,
             _DTYPE,
-            Option("out", "folder for the samples and results", "DIR", is_text=True),
+            Option("out", "folder for the samples and results", "DIR", is_text=True, is_path=True),
             Option("overwrite", "measure anew what --out holds of these tasks"),
         ),
         examples="""
@@ -165,11 +176,14 @@ COMMANDS = {
     ),
     "generate": Command(
         summary="continue prompts with a model",
-        about="Prints what the model answers to each prompt, rendered with its chat template.",
+        about="Prints what the model answers to each prompt, rendered with its chat template. Through a pipe come the\n"
+        "answers alone; all else goes to standard error.",
         options=(
             _MODEL,
             Option("prompt", "text; can be repeated; - reads standard input", "TEXT", is_text=True, repeatable=True),
+            Option("system", "system turn before each prompt", "TEXT", is_text=True),
             Option("max-new-tokens", "longest answer", "N", "evaluation.max_new_tokens"),
+            _TEMPLATE,
             *_DECODING,
             _DEVICE,
             _DTYPE,
@@ -184,8 +198,9 @@ COMMANDS = {
         "folder, loads it back and compares its logits before calling it done.\n\n"
         "formats of a model:\n"
         "  diffllama       plain transformers loads it; diff_v1 only\n"
+        "  llama           plain transformers loads it as what it is; softmax only\n"
         "  difftune        every kind; brings its code, for trust_remote_code=True\n"
-        "  auto            diffllama for diff_v1, else difftune (the default)\n"
+        "  auto            diffllama or llama where it can hold the model, else difftune (the default)\n"
         "formats of an adapter, which names its base, or --base does:\n"
         "  peft            LoRA and lambda in one file, which PEFT loads onto our class (the default)\n"
         "  diffllama-peft  for plain transformers and PEFT on --base-diffllama, the base exported as diffllama;\n"
@@ -195,10 +210,16 @@ COMMANDS = {
         options=(
             _MODEL,
             Option("format", "one of the above", "NAME", "export.format"),
-            Option("out", "folder to write", "DIR", is_text=True),
+            Option("out", "folder to write", "DIR", is_text=True, is_path=True),
             _DTYPE,
             _BASE,
-            Option("base-diffllama", "for diffllama-peft: the base as a DiffLlama folder", "DIR", is_text=True),
+            Option(
+                "base-diffllama",
+                "for diffllama-peft: the base as a DiffLlama folder",
+                "DIR",
+                is_text=True,
+                is_path=True,
+            ),
             Option("overwrite", "replace a model or adapter folder that is there"),
         ),
         examples="""
@@ -215,7 +236,7 @@ COMMANDS = {
         "float32 and rounded once; the logits are compared with those of base and adapter, and again after\n"
         "reloading, before it is called done. The base must be the one that the adapter was trained on.",
         options=(
-            Option("out", "folder to write", "DIR", is_text=True),
+            Option("out", "folder to write", "DIR", is_text=True, is_path=True),
             _BASE,
             Option("format", "difftune (the default; every kind) or diffllama (for plain transformers)", "NAME"),
             Option("dtype", "of the weights: float32, bfloat16 or float16; as the base is stored by default", "NAME"),
@@ -239,9 +260,14 @@ COMMANDS = {
         "layout), a GGUF file, a state dict file, or package:NAME for the GGUF file in a Python package. The\n"
         "result is reloaded and compared with it before it is called done.",
         options=(
-            Option("to", "diff_v2 (the same function), diff_v1, diffllama, unilm or llama", "NAME", is_text=True),
-            Option("out", "folder to write", "DIR", is_text=True),
-            Option("text", "UTF-8 text: report the loss on it before and after", "FILE", is_text=True),
+            Option(
+                "to",
+                "diff_v2 (the same function), diff_v1, diffllama, unilm, llama, or softmax (the baseline)",
+                "NAME",
+                is_text=True,
+            ),
+            Option("out", "folder to write", "DIR", is_text=True, is_path=True),
+            Option("text", "UTF-8 text: report the loss on it before and after", "FILE", is_text=True, is_path=True),
             Option(
                 "subln", "norm of each head, for a Llama that becomes diff_v1: plain (default), affine or none", "NAME"
             ),
@@ -279,7 +305,7 @@ COMMANDS = {
         summary="one page about runs, with every curve, table and sample",
         about="Writes one self-contained HTML page about runs (the folders that fit or evaluate --out wrote): what\n"
         "they came to, curves, lambda by layer, evaluations, samples, differences of their recipes, the paper beside.",
-        options=(Option("out", "the file to write (report.html)", "FILE", is_text=True),),
+        options=(Option("out", "the file to write (report.html)", "FILE", is_text=True, is_path=True),),
         examples="""
   difftune report runs/quickstart --out report.html
   difftune report runs/diff-* runs/softmax-* --out comparison.html""",

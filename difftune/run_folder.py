@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from difftune.environment import describe_environment
+from difftune.small_files import read_json_mapping, read_yaml_mapping
 from difftune.training.checkpoint_io import find_damage, find_resumable
 
 _SAME_RUN = ("model", "tokenizer", "adapter")
@@ -51,7 +52,7 @@ class RunFolder:
                     f"{self.path} holds a run already, and resume is never: choose another run_dir, or resume=auto"
                 )
             if old.is_file():
-                _check_same_run(yaml.safe_load(old.read_text(encoding="utf-8")), yaml.safe_load(config_yaml), self.path)
+                _check_same_run(read_yaml_mapping(old), yaml.safe_load(config_yaml), self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         old.write_text(config_yaml, encoding="utf-8")
         write_json(self.path / "environment.json", describe_environment())
@@ -107,7 +108,7 @@ class RunFolder:
     def has_ended(self, stage: str, end: dict[str, Any]) -> bool:
         """Whether a stage ran to the end that it is given now; with a later one it goes on."""
         done = self.checkpoints(stage) / "done.json"
-        return done.is_file() and json.loads(done.read_text(encoding="utf-8"))["end"] == end
+        return done.is_file() and read_json_mapping(done).get("end") == end
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,16 +9,24 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
-console = Console()
+# Without markup: names, paths and answers of a model hold brackets that mean nothing to us. Where a style is meant, the
+# call says markup=True, and escapes what is not ours.
+console = Console(markup=False)
 
 
-def set_up_logging() -> None:
-    """Our messages to the terminal, once; those of the libraries only where they warn."""
+def set_up_logging(*, to_stderr: bool = False) -> None:
+    """Our messages to the terminal, once; those of the libraries only where they warn.
+
+    Args:
+        to_stderr: To standard error, for commands whose standard output is for what they made.
+    """
     ours = logging.getLogger("difftune")
     if not ours.handlers:
         # Rich wraps lines to the width of the terminal; a file should keep them whole.
-        to_terminal = RichHandler(console=console, show_path=False, show_time=False)
-        ours.addHandler(to_terminal if console.is_terminal else logging.StreamHandler(sys.stdout))
+        told = Console(stderr=True, markup=False) if to_stderr else console
+        to_terminal = RichHandler(console=told, show_path=False, show_time=False)
+        plain = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
+        ours.addHandler(to_terminal if told.is_terminal else plain)
         ours.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
         ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -40,7 +48,9 @@ def is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def say(text: str) -> None:
-    """A line on the terminal, from the first process alone."""
+def say(text: str, heading: str = "") -> None:
+    """A line on the terminal, from the first process alone; a heading stands before it in bold."""
     if is_first_rank():
+        if heading:
+            console.print(heading, style="bold", end="", highlight=False, soft_wrap=True)
         console.print(text, highlight=False, soft_wrap=True)

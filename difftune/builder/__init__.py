@@ -10,7 +10,7 @@ from difftune.builder.model import (
     build_tokenizer,
     fresh_architecture,
 )
-from difftune.builder.stage import build_data, build_module, build_tasks, build_trainer, total_steps
+from difftune.builder.stage import build_data, build_module, build_sources, build_tasks, build_trainer, total_steps
 
 __all__ = [
     "build_adapter",
@@ -18,6 +18,7 @@ __all__ = [
     "build_data",
     "build_model",
     "build_module",
+    "build_sources",
     "build_tasks",
     "build_tokenizer",
     "build_trainer",

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from difftune.builder.on_policy import StudentSampler
-from difftune.checkpoints.adapters import tokenizer_folder
+from difftune.checkpoints.adapter_config import tokenizer_folder
 from difftune.checkpoints.load import load_teacher
 from difftune.checkpoints.teacher_shards import load_sharded_teacher
 from difftune.config import DistillConfig, StageConfig

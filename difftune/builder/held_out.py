@@ -65,7 +65,7 @@ def held_out_problems(evaluations: Iterable[EvaluationConfig], *, all_sets: bool
 
 def _source(task: MathTaskConfig) -> tuple[str | None, ...]:
     """What tells one set from another, and from itself under other limits and prompts."""
-    return task.path, task.folder, task.split, task.hub_name, task.format, task.name
+    return task.path, task.folder, task.split, task.hub_name, task.format, task.name, str(task.columns)
 
 
 def _read(task: MathTaskConfig, name: str, seed: int, found: HeldOut) -> bool:

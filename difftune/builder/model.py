@@ -10,37 +10,69 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from difftune.builder.scale import build_fresh_skeleton, build_stored_skeleton
-from difftune.checkpoints.adapters import load_adapter, tokenizer_folder
+from difftune.checkpoints.adapter_config import tokenizer_folder
+from difftune.checkpoints.adapters import load_adapter
+from difftune.checkpoints.folders import could_be_hub_id, resolve_folder
 from difftune.checkpoints.load import load_model, read_architecture
 from difftune.checkpoints.sharded import StoredWeights, weightless_projections
 from difftune.config import Config, ModelConfig
 from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
+from difftune.data.tokenizers import require_vocabulary
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter
 from difftune.modeling.modeling import recompute_blocks
 from difftune.modeling.quantized import quantize_base
+from difftune.modeling.rope_settings import KNOWN
+from difftune.modeling.special_tokens import declare_special_tokens
+from difftune.rendering import date_of_run, keep_date
 
 log = logging.getLogger(__name__)
 
 
-def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, else the one that belongs to `model.path`."""
-    if config.tokenizer is not None:
-        return build_named_tokenizer(config.tokenizer)
-    assert config.model.path is not None, "checked with the config"
-    return build_named_tokenizer(tokenizer_folder(config.model.path))
+def build_tokenizer(config: Config, *, of_run: bool = False, write: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, else the one of `model.path`; with the chat template that it names.
+
+    Args:
+        config: The whole recipe.
+        of_run: A chat template that reads the clock reads one date in all of the run in `run_dir`.
+        write: Write that date there if it is the first.
+    """
+    name = config.tokenizer
+    if name is None:
+        assert config.model.path is not None, "checked with the config"
+        if not could_be_hub_id(config.model.path):
+            # Else a model that is not there would be called a tokenizer that is not.
+            resolve_folder(config.model.path)
+        name = tokenizer_folder(config.model.path)
+    run_dir = Path(config.run_dir)
+    day = date_of_run(run_dir) if of_run else None
+    tokenizer = build_named_tokenizer(name, chat_template=config.chat_template, template_date=day)
+    if of_run and write:
+        keep_date(tokenizer, run_dir)
+    return tokenizer
 
 
 def fresh_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
     """The architecture of a fresh model, with the vocabulary and the special tokens of the tokenizer."""
+    _require_known(config)
     return DiffTransformerConfig(
         **{"vocab_size": len(tokenizer), **config.architecture()},
         attention_backend=config.attention_backend,
-        pad_token_id=tokenizer.pad_token_id,
+        # The row of a padding token is not learned, so one that means something else as well is none here.
+        pad_token_id=None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def _require_known(config: ModelConfig) -> None:
+    """Refuse what transformers would only warn of in a log that nobody sees."""
+    unknown = sorted(set(config.rope_parameters or {}) - set(KNOWN))
+    if unknown:
+        raise ValueError(
+            f"model.rope_parameters: unknown key {', '.join(map(repr, unknown))}; known are {', '.join(KNOWN)}"
+        )
 
 
 def build_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> DiffTransformerConfig:
@@ -78,6 +110,7 @@ def build_model(
         given = config.architecture()
         context = {name: given[name] for name in ("max_position_embeddings", "rope_parameters") if name in given}
         if context:
+            _require_known(config)
             model.extend_context(**context)
         # A later stage goes on with the warm-up that the first one began.
         if config.lambda_warmup_steps is not None and start_from is None:
@@ -89,11 +122,8 @@ def build_model(
         with torch.device(device):
             model = DiffTransformerForCausalLM(fresh_architecture(config, tokenizer))
         cast_weights(model, dtype)
-    if model.config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size} rows: "
-            "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
-        )
+    require_vocabulary(tokenizer, model.config.vocab_size)
+    declare_special_tokens(model, tokenizer)
     if config.quantization is not None:
         log.info("%s", quantize_base(model, config.quantization, compute_dtype=dtype))
     if config.gradient_checkpointing:

@@ -13,6 +13,7 @@ from difftune.config import Config, StageConfig
 from difftune.config.checks_scale import fsdp_problems
 from difftune.environment import total_memory_bytes
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
+from difftune.training.devices import device_problem
 from difftune.training.strategies import build_strategy, choose_strategy, count_devices, kind_of_device
 from difftune.training.tensor_parallel import check_tensor_parallel
 
@@ -34,10 +35,15 @@ def settle_strategies(config: Config, architecture: DiffTransformerConfig) -> Co
 
     Raises:
         ValueError: If the model has to be sharded and something else in the recipe forbids it; if torchrun started
-            another number of processes than the recipe has devices.
+            another number of processes than the recipe has devices; if devices are not here.
     """
     stages = config.resolved_stages()
     asked = {stage.trainer.strategy for stage in stages}
+    for trainer in (stage.trainer for stage in stages):
+        if (problem := device_problem(trainer.accelerator, trainer.devices, trainer.num_nodes)) is not None:
+            raise ValueError(problem)
+    if any(stage.trainer.accelerator == "auto" for stage in stages) and kind_of_device("auto") == "cpu":
+        log.info("accelerator auto: there is no GPU here, the CPU is used")
     for stage in stages:
         # What it refuses, it refuses before anything is read.
         build_stage_strategy(stage)
@@ -52,7 +58,10 @@ def settle_strategies(config: Config, architecture: DiffTransformerConfig) -> Co
         )
         for stage in stages
     ]
-    return dataclasses.replace(config, stages=resolved)
+    config = dataclasses.replace(config, stages=resolved)
+    if not is_sharded(config):
+        _require_memory(config, architecture)
+    return config
 
 
 def is_sharded(config: Config) -> bool:
@@ -115,6 +124,18 @@ def _settle(config: Config, stage: StageConfig, architecture: DiffTransformerCon
     if problems:
         raise ValueError("\n  ".join([f"strategy fsdp, for {choice.reason}:", *problems]))
     return choice.name
+
+
+def _require_memory(config: Config, architecture: DiffTransformerConfig) -> None:
+    """Refuse a model that one process holds whole, and whose weights alone are more than this machine has."""
+    count = num_parameters(architecture)
+    needed, there = count * getattr(torch, config.model.dtype).itemsize, total_memory_bytes()
+    if needed > there:
+        raise ValueError(
+            f"model: its {count:,} parameters in {config.model.dtype} take {needed / 2**30:,.0f} GiB, and this machine "
+            f"has {there / 2**30:,.0f} GiB of memory: make it smaller (model.hidden_size, num_hidden_layers, "
+            "intermediate_size, vocab_size), or shard it over several machines with trainer.strategy=fsdp"
+        )
 
 
 def training_bytes(config: Config, architecture: DiffTransformerConfig) -> int:

@@ -16,6 +16,7 @@ from difftune.checkpoints.adapters import describe_config
 from difftune.checkpoints.sharded import fill_model
 from difftune.config import Config, EvaluationConfig, StageConfig
 from difftune.config.checks import task_defaults
+from difftune.config.recipe import DataConfig
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
 from difftune.data.upsampling import Upsampling
@@ -36,6 +37,11 @@ from difftune.training.preemption import Preemption
 log = logging.getLogger(__name__)
 
 
+def build_sources(config: DataConfig) -> list[Source]:
+    """Where the training rows of a stage come from."""
+    return [Source(**vars(source), bad_rows=config.bad_rows) for source in config.train]
+
+
 def build_data(
     stage: StageConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None, *, keep_rows: bool = True
 ) -> SFTDataModule:
@@ -43,7 +49,7 @@ def build_data(
     config = stage.data
     return SFTDataModule(
         tokenizer=tokenizer,
-        train=[Source(**vars(source)) for source in config.train],
+        train=build_sources(config),
         seq_len=config.seq_len,
         micro_batch_size=config.micro_batch_size,
         packing=config.packing,

@@ -6,7 +6,6 @@ one place where PEFT keeps what it does not know.
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from difftune.checkpoints.adapter_base import describe_quantization, load_base
+from difftune.checkpoints.adapter_config import adapter_base, read_adapter_config
 from difftune.checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_adapter
 from difftune.checkpoints.folders import (
     TRAINING_WEIGHTS,
@@ -40,10 +40,6 @@ from difftune.modeling.adapters import (
 from difftune.modeling.quantized import quantization_of
 
 log = logging.getLogger(__name__)
-
-
-FOREIGN = "difftune_diffllama"
-"""What ``auto_mapping`` has in an adapter that was exported for transformers' DiffLlama."""
 
 _RECORD = "difftune_base"
 _CONTEXT = "difftune_context"
@@ -117,7 +113,7 @@ def save_trained_adapter(
         ValueError: As :func:`save_adapter`; if the checkpoint is damaged.
     """
     folder = Path(checkpoint)
-    _read_config(folder)
+    read_adapter_config(folder)
     return write_adapter(
         read_json(folder / ADAPTER_CONFIG), _read_tensors(folder), out_dir, "default", tokenizer, overwrite
     )
@@ -168,7 +164,7 @@ def load_adapter(
         >>> adapted = load_adapter(load_model("my-model"), "adapters/maths")  # doctest: +SKIP
     """
     folder = resolve_folder(source)
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    config, tensors = read_adapter_config(folder), _read_tensors(folder)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_base(config, model, folder)
     _check_tensors(config, tensors, inner.config, folder)
@@ -213,52 +209,13 @@ def load_with_base(
         ValueError: If the adapter names no base, ``base_as`` is unknown, or as :func:`load_adapter` and ``load_model``.
     """
     folder = resolve_folder(source)
-    config, named = _read_config(folder), base or adapter_base(folder)
+    config, named = read_adapter_config(folder), base or adapter_base(folder)
     try:
         model = load_base(named, recorded_quantization(config), base_as, dtype, attention_backend)
     except ValueError as error:
         raise ValueError(f"the base model of {folder}: {error}") from error
     _extend_context(model, (config.auto_mapping or {}).get(_CONTEXT))
     return load_adapter(model, folder, trainable=trainable).eval()
-
-
-def base_of_adapter(source: str | Path) -> str | None:
-    """The base that a local adapter folder names; None if the folder is no adapter or names none."""
-    path = Path(source).expanduser() / ADAPTER_CONFIG
-    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
-
-
-def tokenizer_folder(path: str) -> str:
-    """Where the tokenizer of a model is: in its folder, above a checkpoint, or with the base of an adapter."""
-    # A checkpoint has no tokenizer of its own; that of its run lies above it.
-    above = [folder / "tokenizer" for folder in Path(path).absolute().parents[:3]]
-    own = (Path(path) / "tokenizer_config.json").is_file()
-    near = path if own else next((str(folder) for folder in above if folder.is_dir()), None)
-    if near is None and (base := base_of_adapter(path)) is not None:
-        return tokenizer_folder(base)
-    return near or path
-
-
-def adapter_base(source: str | Path) -> str:
-    """The base model that an adapter names, if it can be had.
-
-    Args:
-        source: As of :func:`load_adapter`.
-
-    Raises:
-        ValueError: If it names none, or one that is not there.
-    """
-    folder = resolve_folder(source)
-    named = _read_config(folder).base_model_name_or_path
-    if not named:
-        raise ValueError(f"{folder} does not say what its base model is: name it (--base DIR)")
-    try:
-        resolve_folder(named)
-    except ValueError as error:
-        raise ValueError(
-            f"the base that {folder} names is not there: {error}; name another place (--base DIR)"
-        ) from error
-    return named
 
 
 def recorded_quantization(config: LoraConfig) -> dict[str, Any] | None:
@@ -313,32 +270,6 @@ def _extend_context(model: DiffTransformerForCausalLM, trained: dict[str, Any] |
         model.extend_context(**trained)
     elif trained["max_position_embeddings"] > here.max_position_embeddings:
         model.extend_context(max_position_embeddings=trained["max_position_embeddings"])
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    """PEFT's config of an adapter, if it is of a kind that is read strictly."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{folder} holds no adapter (no {ADAPTER_CONFIG}): give a folder that save_adapter wrote")
-    fields = read_json(folder / ADAPTER_CONFIG)
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} holds an adapter of type {fields.get('peft_type')!r}: only LORA is read")
-    if FOREIGN in (fields.get("auto_mapping") or {}):
-        raise ValueError(
-            f"{folder} was exported for plain transformers' DiffLlama: use the adapter that it was made of"
-        )
-    odd = {
-        "bias": (None, "none"),
-        "lora_bias": (None, False),
-        "fan_in_fan_out": (None, False),
-        "target_parameters": (None, []),
-        "trainable_token_indices": (None,),
-        "layer_replication": (None,),
-    }
-    found = [f"{key}={fields[key]!r}" for key, plain in odd.items() if fields.get(key) not in plain]
-    if found:
-        raise ValueError(f"{folder} uses {', '.join(found)}, which is not read here: use PEFT itself")
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    return LoraConfig(**{key: value for key, value in fields.items() if key in known and key != "runtime_config"})
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

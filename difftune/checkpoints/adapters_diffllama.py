@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaForCausalLM
 
 import difftune
-from difftune.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FOREIGN
+from difftune.checkpoints.adapter_config import FOREIGN
+from difftune.checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from difftune.checkpoints.compare import RELATIVE_BUDGET
 from difftune.checkpoints.diffllama import config_to_diffllama, weights_to_diffllama
 from difftune.checkpoints.folders import read_json, resolve_folder

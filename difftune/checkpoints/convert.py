@@ -23,7 +23,7 @@ from difftune.checkpoints.diffllama import write_diffllama
 from difftune.checkpoints.llama import write_llama
 from difftune.checkpoints.publish import check_target, model_card, new_folder, usage
 from difftune.checkpoints.remote_code import write_remote_code
-from difftune.checkpoints.shards import require_usable, write_shards
+from difftune.checkpoints.shards import MAX_SHARD_BYTES, require_usable, write_shards
 from difftune.checkpoints.sources import Source, open_source
 from difftune.checkpoints.streams import TensorStream
 from difftune.checkpoints.unilm import write_unilm
@@ -38,11 +38,8 @@ from difftune.checkpoints.upcycle import (
 )
 from difftune.modeling import DiffTransformerConfig
 
-TARGETS = ("diff_v2", "diff_v1", "diffllama", "unilm", "llama")
+TARGETS = ("diff_v2", "diff_v1", "diffllama", "unilm", "llama", "softmax")
 """What a checkpoint can be converted to."""
-
-MAX_SHARD_BYTES = 5 * 1000**3
-"""Default size of the largest weight file, and what the writer holds in memory."""
 
 V1_SUBLN, V1_LAMBDA_INIT = "plain", 0.05
 """What loses least when a softmax model becomes V1, by the table in docs/how-to/convert.md."""
@@ -57,11 +54,19 @@ _COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
 )
-_NAMES = {"diff_v2": "DIFF V2", "diff_v1": "DIFF V1", "diffllama": "DIFF V1", "unilm": "DIFF V1", "llama": "Llama"}
+_NAMES = {
+    "diff_v2": "DIFF V2",
+    "diff_v1": "DIFF V1",
+    "diffllama": "DIFF V1",
+    "unilm": "DIFF V1",
+    "llama": "Llama",
+    "softmax": "softmax (the baseline of a DIFF model)",
+}
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def _plan(
     if to == "diff_v2" and config.attention != "diff_v2":
         method = "query heads doubled, lambda 1/2, output projection doubled: the same function"
         return _Plan(config_to_v2(config), lambda tensors: to_diff_v2(config, tensors), method, exact=True)
-    if to == "llama":
+    if to in ("llama", "softmax"):
         method = "the same function" if config.attention == "softmax" else "pairs of equal heads merged: same function"
         return _Plan(config_to_softmax(config), lambda tensors: to_softmax(config, tensors), method, exact=True)
     if to != "diff_v2" and config.attention != "diff_v1":
@@ -254,7 +259,9 @@ def _carry_along(source: Source, folder: Path) -> None:
     elif source.folder is not None:
         for path in sorted(p for pattern in _COMPANIONS for p in source.folder.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+                target = folder / path.relative_to(source.folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def _read_text(path: Path) -> str:
@@ -290,7 +297,7 @@ def _require_close(conversion: Conversion) -> None:
 
 def _card(conversion: Conversion, config: DiffTransformerConfig) -> str:
     name, to = conversion.path.name, conversion.target
-    how = usage(name, brings_code=to in ("diff_v1", "diff_v2"))
+    how = usage(name, brings_code=to in ("diff_v1", "diff_v2", "softmax"))
     if to == "unilm":
         how = "The tensors have the names and layout of Microsoft's repository; `difftune convert` reads them."
     promise = "exact: a difference above the budget would have been an error" if conversion.exact else "not exact"

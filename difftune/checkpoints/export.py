@@ -12,9 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from difftune.checkpoints.compare import RELATIVE_BUDGET
 from difftune.checkpoints.diffllama import config_to_diffllama, export_diffllama
+from difftune.checkpoints.llama import config_to_llama, write_llama
 from difftune.checkpoints.publish import model_card, new_folder, usage
 from difftune.checkpoints.remote_code import write_remote_code
-from difftune.modeling import DiffTransformerForCausalLM
+from difftune.checkpoints.shards import MAX_SHARD_BYTES
+from difftune.checkpoints.special_tokens import write_special_tokens
+from difftune.checkpoints.streams import HEAD
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from difftune.modeling.quantized import quantization_of
 
 
@@ -25,7 +29,7 @@ class ExportReport:
     path: Path
     """The finished folder."""
     format: str
-    """``difftune`` or ``diffllama``."""
+    """``difftune``, ``diffllama`` or ``llama``."""
     reloaded_as: str | None
     """Class that reloaded the folder for the comparison; None if it was not verified."""
     max_abs_difference: float | None
@@ -63,8 +67,8 @@ def export_model(
         model: To be exported; not changed.
         tokenizer: Saved beside it; None for a model without one.
         out_dir: The folder to make.
-        format: ``diffllama`` (plain transformers loads it) or ``difftune`` (keeps every variant, and brings its code:
-            transformers loads it with ``trust_remote_code=True``).
+        format: ``diffllama`` (diff_v1) or ``llama`` (softmax), which plain transformers loads; or ``difftune`` (keeps
+            every variant, and brings its code: transformers loads it with ``trust_remote_code=True``).
         verify: Reload and compare. Needs memory for a second copy of the model, a third if it is not float32.
         overwrite: Replace an existing model folder.
         source: Where the model comes from, for the card. Default: the name it was loaded by.
@@ -98,15 +102,34 @@ def export_model(
         )
     if format == "diffllama":
         config_to_diffllama(model.config)  # refuse before anything is written
+    elif format == "llama":
+        config_to_llama(model.config)
     target = Path(out_dir).expanduser().absolute()
     with new_folder(target, overwrite=overwrite) as written:
         _WRITERS[format](model, written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
+            write_special_tokens(written, tokenizer)
         reloaded_as, difference, budget = _compare(model, written) if verify else (None, None, None)
         report = ExportReport(target, format, reloaded_as, difference, budget)
         (written / "README.md").write_text(_model_card(model, report, source), encoding="utf-8")
     return report
+
+
+def auto_format(config: DiffTransformerConfig) -> str:
+    """The format that ``auto`` stands for: the one that plain transformers loads, where one can hold the model.
+
+    Example:
+        >>> [auto_format(DiffTransformerConfig(attention=kind)) for kind in ("diff_v1", "diff_v2", "softmax")]
+        ['diffllama', 'difftune', 'llama']
+    """
+    for name, translate in (("diffllama", config_to_diffllama), ("llama", config_to_llama)):
+        try:
+            translate(config)
+        except ValueError:
+            continue
+        return name
+    return "difftune"
 
 
 def _write_difftune(model: DiffTransformerForCausalLM, folder: Path) -> None:
@@ -115,9 +138,19 @@ def _write_difftune(model: DiffTransformerForCausalLM, folder: Path) -> None:
     write_remote_code(folder)
 
 
+def _write_llama(model: DiffTransformerForCausalLM, folder: Path) -> None:
+    """Write a model of the kind ``softmax`` as the member of the Llama family that it is."""
+    # A tied head is the embedding, and stands in no file.
+    state = model.state_dict()
+    tensors = ((n, t.cpu()) for n, t in state.items() if n != HEAD or not model.config.tie_word_embeddings)
+    write_llama(model.config, tensors, folder, dtype=model.dtype, max_shard_bytes=MAX_SHARD_BYTES)
+    model.generation_config.save_pretrained(folder)
+
+
 _WRITERS: dict[str, Callable[[DiffTransformerForCausalLM, Path], None]] = {
     "difftune": _write_difftune,
     "diffllama": export_diffllama,
+    "llama": _write_llama,
 }
 
 
@@ -171,7 +204,9 @@ def _model_card(model: DiffTransformerForCausalLM, report: ExportReport, source:
     heads = f"{config.num_attention_heads} softmax maps, {config.num_key_value_heads} key/value heads"
     return model_card(
         report.path.name,
-        about="A Differential Transformer (arXiv:2410.05258), exported",
+        about="A model with softmax attention, exported"
+        if config.attention == "softmax"
+        else "A Differential Transformer (arXiv:2410.05258), exported",
         usage=usage(report.path.name, brings_code=report.format == "difftune"),
         rows={
             "source": source or config._name_or_path or "trained from scratch",

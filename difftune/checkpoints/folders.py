@@ -81,8 +81,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; write or download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -104,9 +104,16 @@ def read_config(folder: Path, config_class: type[Config]) -> Config:
     fields = read_json(folder / "config.json")
     # The code that lies beside the weights does not follow the config when it is saved elsewhere.
     fields.pop("auto_map", None)
+    for name in ("dtype", "torch_dtype"):
+        dtype = fields.get(name)
+        if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} must be a type of torch, such as float32, got {dtype!r}"
+            )
     try:
         return config_class.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # What transformers trips over is in the file: an unknown dtype is an attribute that torch lacks.
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
@@ -127,7 +134,13 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     fields = read_json(path)
     try:
-        return GenerationConfig.from_dict(fields)
+        config = GenerationConfig.from_dict(fields)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                    raise ValueError(f"{name} must be a token's number or a list of them, got {value!r}")
+        return config
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -151,14 +164,34 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 "load the model with transformers and save_pretrained() it once"
             )
         return _read_file(folder / _SINGLE)
-    weight_map = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{folder / _INDEX} has no weight_map: the download may be incomplete")
+    weight_map = read_weight_map(folder / _INDEX)
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         tensors.update(_read_file(folder / shard))
     check_names(tensors, weight_map, source=f"the shards of {folder}", expected_by=_INDEX)
     return tensors
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file of a folder holds each tensor, as the index of its shards says.
+
+    Args:
+        index: The ``*.index.json``.
+
+    Returns:
+        File name by tensor name.
+
+    Raises:
+        ValueError: If it lists none, or a file that is not in its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map: the download may be incomplete")
+    for name, file in weight_map.items():
+        # Another folder's file is none of this model's: a download must not reach what lies elsewhere.
+        if not isinstance(file, str) or file in ("", "..") or "\0" in file or Path(file).name != file:
+            raise ValueError(f"{index} says that {name} is in {file!r}, which is no name of a file beside it")
+    return weight_map
 
 
 def read_training_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -282,6 +315,12 @@ def check_tensors(
         check_tied_head(tensors, source=source)
         tensors.pop("lm_head.weight", None)
     check_shapes({name: tensor.shape for name, tensor in tensors.items()}, model_class, config, source=source)
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{source}: {_shown(broken)} hold nan or inf, and so would every answer: take an earlier checkpoint, or "
+            "download it again"
+        )
     integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if integers:
         raise ValueError(

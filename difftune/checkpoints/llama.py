@@ -74,6 +74,34 @@ def read_llama(folder: Path) -> tuple[PreTrainedConfig, Mapping[str, torch.Tenso
     Example:
         >>> config, tensors = read_llama(Path("SmolLM2-135M"))  # doctest: +SKIP
     """
+    config = read_llama_config(folder)
+    model_class = FAMILIES[config.model_type][1]
+    stored = LazyTensors(folder)
+    if config.tie_word_embeddings:
+        check_tied_head(stored, source=str(folder))
+    # Old checkpoints store the rotary frequencies, which the config determines.
+    tensors = _View(
+        stored,
+        [
+            name
+            for name in stored
+            if not name.endswith("rotary_emb.inv_freq") and not (name == HEAD and config.tie_word_embeddings)
+        ],
+    )
+    shapes = stored.shapes()
+    check_shapes({name: shapes[name] for name in tensors}, model_class, config, source=str(folder))
+    return config, tensors
+
+
+def read_llama_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder of the family, without its tensors.
+
+    Args:
+        folder: As of :func:`read_llama`.
+
+    Raises:
+        ValueError: If it is of another family or architecture, or quantised.
+    """
     fields = read_json(folder / "config.json")
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
@@ -91,22 +119,8 @@ def read_llama(folder: Path) -> tuple[PreTrainedConfig, Mapping[str, torch.Tenso
             f"{folder} is quantised ({method}): packed weights are not converted; take the unquantised model, "
             "or the GGUF file itself, which is dequantised while it is read"
         )
-    config = read_config(folder, config_class)
-    stored = LazyTensors(folder)
-    if config.tie_word_embeddings:
-        check_tied_head(stored, source=str(folder))
-    # Old checkpoints store the rotary frequencies, which the config determines.
-    tensors = _View(
-        stored,
-        [
-            name
-            for name in stored
-            if not name.endswith("rotary_emb.inv_freq") and not (name == HEAD and config.tie_word_embeddings)
-        ],
-    )
-    shapes = stored.shapes()
-    check_shapes({name: shapes[name] for name in tensors}, model_class, config, source=str(folder))
-    return config, tensors
+    config: PreTrainedConfig = read_config(folder, config_class)
+    return config
 
 
 def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedConfig, Mapping[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """Load a model from whatever folder it is in; the format is read from the folder, never guessed."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from difftune.checkpoints.folders import (
     read_training_weights,
     resolve_folder,
 )
-from difftune.checkpoints.llama import FAMILIES
+from difftune.checkpoints.llama import FAMILIES, config_from_llama, read_llama, read_llama_config
 from difftune.checkpoints.shards import STATE_DICT_SUFFIXES
 from difftune.checkpoints.unilm_config import UNILM_MODEL_TYPE
 from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM, cast_weights
 from difftune.modeling.quantized import keep_layout, quantization_config, quantize_base
 
+log = logging.getLogger(__name__)
+
 _OUR_TYPES = ("difftune", "diffllama")
 _READABLE = (
     "readable are: a difftune folder (model_type 'difftune'), a transformers DiffLlama folder or hub id "
-    "(model_type 'diffllama'), a checkpoint written by difftune fit, an adapter on one of these"
+    f"(model_type 'diffllama'), one of the Llama family ({', '.join(FAMILIES)}), a checkpoint written by difftune fit, "
+    "an adapter on one of these"
 )
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -34,9 +38,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 def load_model(
     path_or_hub_id: str | Path, *, dtype: torch.dtype | None = None, attention_backend: str | None = None
 ) -> DiffTransformerForCausalLM:
-    """Load a model from a difftune folder, a DiffLlama folder or hub id, a training checkpoint, or an adapter.
+    """Load a model from a difftune folder, a DiffLlama or Llama folder or hub id, a training checkpoint, or an adapter.
 
-    An adapter, and a checkpoint of a run that trains one, is merged into the base that it names.
+    An adapter, and a checkpoint of a run that trains one, is merged into the base that it names. One of the Llama
+    family is read as it is, as the kind ``softmax``: the baseline of what it may be converted to.
 
     Args:
         path_or_hub_id: The folder, or ``owner/name`` on the Hugging Face hub.
@@ -61,6 +66,8 @@ def load_model(
         model = _load_merged(folder, dtype, attention_backend)
     elif kind == "diffllama":
         model = load_diffllama(folder, dtype=dtype, attention_backend=attention_backend or "auto")
+    elif kind == "llama":
+        model = _load_llama(folder, dtype, attention_backend)
     else:
         model = _load_difftune(folder, dtype, attention_backend)
     model.config._name_or_path = str(path_or_hub_id)
@@ -78,11 +85,13 @@ def read_architecture(path_or_hub_id: str | Path) -> DiffTransformerConfig:
     """
     folder, kind = find_model(path_or_hub_id)
     if kind == "adapter":
-        from difftune.checkpoints.adapters import adapter_base
+        from difftune.checkpoints.adapter_config import adapter_base
 
         return read_architecture(adapter_base(folder))
     if kind == "diffllama":
         return config_from_diffllama(read_config(folder, DiffLlamaConfig))
+    if kind == "llama":
+        return config_from_llama(read_llama_config(folder))
     return read_config(folder, DiffTransformerConfig)
 
 
@@ -93,7 +102,7 @@ def find_model(path_or_hub_id: str | Path) -> tuple[Path, str]:
         path_or_hub_id: As there.
 
     Returns:
-        Its folder, and ``adapter``, ``diffllama`` or ``difftune``.
+        Its folder, and ``adapter``, ``diffllama``, ``difftune``, or ``llama`` for all of the Llama family.
 
     Raises:
         ValueError: If nothing is there, or it is of another format (named, with the list of readable ones).
@@ -107,9 +116,10 @@ def find_model(path_or_hub_id: str | Path) -> tuple[Path, str]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json{_what_it_is(folder)}; {_READABLE}")
     model_type = str(read_json(folder / "config.json").get("model_type"))
+    if model_type in FAMILIES:
+        return folder, "llama"
     if model_type not in _OUR_TYPES:
-        foreign = model_type == UNILM_MODEL_TYPE or model_type in FAMILIES
-        what_to_do = _how_to_convert(path_or_hub_id, model_type) if foreign else _READABLE
+        what_to_do = _how_to_convert(path_or_hub_id, model_type) if model_type == UNILM_MODEL_TYPE else _READABLE
         raise ValueError(f"{folder} holds model_type {model_type!r}, which is not readable; {what_to_do}")
     return folder, model_type
 
@@ -193,6 +203,22 @@ def _load_difftune(
     dtype = dtype or tensors["model.embed_tokens.weight"].dtype
     model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     model.generation_config = read_generation_config(folder) or model.generation_config
+    return model
+
+
+def _load_llama(folder: Path, dtype: torch.dtype | None, attention_backend: str | None) -> DiffTransformerForCausalLM:
+    """A model of the Llama family as our ``softmax`` kind, whose tensors have the same names."""
+    foreign, tensors = read_llama(folder)
+    config = config_from_llama(foreign)
+    if attention_backend is not None:
+        config.attention_backend = attention_backend
+    state = dict(tensors)
+    dtype = dtype or state["model.embed_tokens.weight"].dtype
+    model = DiffTransformerForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.generation_config = read_generation_config(folder) or model.generation_config
+    log.info(
+        "%s (%s) is read as softmax attention: the same function, nothing is converted", folder, foreign.model_type
+    )
     return model
 
 

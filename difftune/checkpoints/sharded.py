@@ -27,6 +27,7 @@ from difftune.checkpoints.folders import (
     read_config,
     read_generation_config,
 )
+from difftune.checkpoints.llama import config_from_llama, read_llama_config
 from difftune.checkpoints.load import find_model
 from difftune.checkpoints.shards import LazyTensors
 from difftune.checkpoints.streams import EMBEDDING, HEAD, unit_of
@@ -50,7 +51,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     A tied head reads the embedding.
 
     Args:
-        path_or_hub_id: A difftune or DiffLlama folder or hub id, or a training checkpoint of a whole model.
+        path_or_hub_id: A difftune, DiffLlama or Llama folder or hub id, or a training checkpoint of a whole model.
 
     Raises:
         ValueError: If nothing is there, it cannot be read in parts, or its tensors are not those of its config.
@@ -75,6 +76,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         if kind == "diffllama":
             foreign = read_config(self.folder, DiffLlamaConfig)
             self.config = config_from_diffllama(foreign)
+        elif kind == "llama":
+            self.config = config_from_llama(read_llama_config(self.folder))
         else:
             self.config = read_config(self.folder, DiffTransformerConfig)
         self._is_translated = foreign is not None
@@ -83,7 +86,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         with torch.device("meta"):
             model = DiffTransformerForCausalLM(copy.deepcopy(self.config))
         shapes = self._stored.shapes() if hasattr(self._stored, "shapes") else _shapes(self._stored)
-        found = {name: shape for name, shape in shapes.items() if name != HEAD or not self.config.tie_word_embeddings}
+        # Old checkpoints of the Llama family store the rotary frequencies, which the config determines.
+        found = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+        if self.config.tie_word_embeddings:
+            found.pop(HEAD, None)
         owner: Any = DiffTransformerForCausalLM if foreign is None else DiffLlamaForCausalLM
         check_shapes(found, owner, foreign or self.config, source=str(self.folder))
         self._names = [name for name in model.state_dict() if name != HEAD or not self.config.tie_word_embeddings]

@@ -11,7 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from difftune.checkpoints.folders import check_names, read_json
+from difftune.checkpoints.folders import check_names, read_weight_map
+
+MAX_SHARD_BYTES = 5 * 1000**3
+"""Default size of the largest weight file, and what the writer holds in memory."""
 
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Files that may hold one state dict."""
@@ -47,7 +50,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
                     self._files[name] = path
                     self._shapes[name] = torch.Size(file.get_slice(name).get_shape())
         if source.is_dir() and (source / _INDEX).is_file():
-            listed = read_json(source / _INDEX)["weight_map"]
+            listed = read_weight_map(source / _INDEX)
             check_names(self._files, listed, source=f"the shards of {source}", expected_by=_INDEX)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -179,10 +182,7 @@ def _safetensors_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     if (source / _INDEX).is_file():
-        weight_map = read_json(source / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{source / _INDEX} has no weight_map: the download may be incomplete")
-        files = [source / name for name in sorted(set(weight_map.values()))]
+        files = [source / name for name in sorted(set(read_weight_map(source / _INDEX).values()))]
     elif (source / _SINGLE).is_file():
         files = [source / _SINGLE]
     else:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from difftune.checkpoints.adapters import adapter_base, load_with_base, save_adapter
+from difftune.checkpoints.adapter_config import adapter_base
+from difftune.checkpoints.adapters import load_with_base, save_adapter
 from difftune.checkpoints.adapters_diffllama import export_adapter_diffllama
 from difftune.checkpoints.diffllama import config_to_diffllama
 from difftune.checkpoints.export import ExportReport, export_model
@@ -58,7 +60,7 @@ def merge(
     target_dtype = _dtype(dtype)
     check_target(out, overwrite=overwrite)
     base = base or adapter_base(adapter)
-    with console.status(f"merging {adapter}"):
+    with console.status(escape(f"merging {adapter}")):
         adapted = load_with_base(adapter, base=base, base_as=onto)
         if MERGED_FORMATS[format] == "diffllama":
             config_to_diffllama(adapted.config)  # refuse before the work

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from difftune.checkpoints.compare import Difference
@@ -44,7 +45,7 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(names)}")
     if max_shard_gb is not None and max_shard_gb <= 0:
         raise ValueError(f"the largest weight file must have more than 0 GB, got {max_shard_gb}")
-    with console.status(f"converting {source}"):
+    with console.status(escape(f"converting {source}")):
         conversion = convert_checkpoint(
             source,
             to,

@@ -26,6 +26,7 @@ from difftune.ops import flash
 from difftune.ops.diff_attention import choose_backend
 from difftune.ops.triton import coverage
 from difftune.terminal import console, is_first_rank, set_up_logging
+from difftune.training.devices import device_problem
 from difftune.training.strategies import kind_of_device
 
 FLASH_ATTN = "2.8.3"
@@ -75,7 +76,10 @@ def diagnose(config_file: str | None, overrides: Sequence[str] = ()) -> int:
     if is_first_rank():
         for finding in found:
             console.print(
-                f"[{_COLOURS[finding.kind]}]{finding.kind:<5}[/] [bold]{finding.what}[/]: ", end="", soft_wrap=True
+                f"[{_COLOURS[finding.kind]}]{finding.kind:<5}[/] [bold]{finding.what}[/]: ",
+                end="",
+                soft_wrap=True,
+                markup=True,
             )
             console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
         subject = "fit" if config is None else f"fit --config {config_file}" if config_file else "this recipe"
@@ -116,13 +120,12 @@ def find_devices(config: Config | None) -> list[Finding]:
         found.append(Finding("GPU", "note", f"none: {reason}"))
     for stage in [] if config is None else config.resolved_stages():
         trainer = stage.trainer
-        kind = kind_of_device(trainer.accelerator)
-        asked = trainer.devices
-        wanted = len(asked) if isinstance(asked, list) else int(asked) if str(asked).isdecimal() else 1
-        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, wanted)
-        if wanted > there:
-            text = f"stage {stage.name} wants {wanted} {kind} devices, and {there} are here: set trainer.devices"
-            found.append(Finding("devices", "fault", f"{text}, or trainer.accelerator=cpu"))
+        problem = device_problem(trainer.accelerator, trainer.devices, trainer.num_nodes)
+        if problem is not None:
+            found.append(Finding("devices", "fault", f"stage {stage.name}: {problem}"))
+        elif trainer.accelerator == "auto" and kind_of_device("auto") == "cpu":
+            text = f"stage {stage.name}: trainer.accelerator=auto comes to the CPU, there is no GPU here"
+            found.append(Finding("devices", "note", text))
     return found
 
 

@@ -54,7 +54,7 @@ def dry_run_stage(
     """
     console.rule(f"stage {name}", align="left")
     console.print(data.prepare().table(), highlight=False)
-    console.print("\none row of a batch; what is learned is [black on green]marked[/]:")
+    console.print("\none row of a batch; what is learned is [black on green]marked[/]:", markup=True)
     text = Text()
     for part, is_learned in data.sample(0):
         text.append(part, style="black on green" if is_learned else "dim")

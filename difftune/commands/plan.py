@@ -8,6 +8,10 @@ from difftune.config import Config
 from difftune.plan.report import plan_values, print_plan
 from difftune.plan.stages import plan_stages
 from difftune.terminal import console, set_up_logging
+from difftune.user_text import TextError, finite_number
+
+_MAX_GPUS = 1_000_000
+_MAX_GIB = 1_000_000
 
 
 def plan(config: Config, options: dict[str, list[str]], *, as_json: bool = False) -> int:
@@ -26,10 +30,10 @@ def plan(config: Config, options: dict[str, list[str]], *, as_json: bool = False
     """
     set_up_logging()
     gpus, memory, mfu = (_number(options, name) for name in ("gpus", "gpu-memory", "mfu"))
-    if gpus is not None and (gpus < 1 or gpus != int(gpus)):
-        raise ValueError(f"--gpus must be a whole number from 1 on, got {options['gpus'][0]}")
-    if memory is not None and memory <= 0:
-        raise ValueError(f"--gpu-memory must be above 0 GiB, got {memory:g}")
+    if gpus is not None and (not 1 <= gpus <= _MAX_GPUS or gpus != int(gpus)):
+        raise ValueError(f"--gpus must be a whole number between 1 and {_MAX_GPUS}, got {options['gpus'][0]}")
+    if memory is not None and not 0 < memory <= _MAX_GIB:
+        raise ValueError(f"--gpu-memory must be above 0 and at most {_MAX_GIB} GiB, got {memory:g}")
     plans = plan_stages(
         config,
         gpus=None if gpus is None else int(gpus),
@@ -49,6 +53,6 @@ def _number(options: dict[str, list[str]], name: str) -> float | None:
     if name not in options:
         return None
     try:
-        return float(options[name][0])
-    except ValueError as error:
-        raise ValueError(f"--{name} must be a number, got {options[name][0]!r}") from error
+        return finite_number(options[name][0])
+    except TextError as error:
+        raise ValueError(f"--{name} {error}") from error

@@ -17,6 +17,7 @@ from difftune.builder import (
     build_data,
     build_model,
     build_module,
+    build_sources,
     total_steps,
 )
 from difftune.builder.distill import build_teacher, teacher_settings
@@ -54,7 +55,7 @@ def check_quickly(stage: StageConfig, stages: Sequence[StageConfig]) -> None:
     for name, reason in held_out.unread.items():
         log.warning("the problems of %s were not looked for in the training data: %s", name, reason)
     tests = ProblemIndex(held_out.questions)
-    reports = [examine(Source(**vars(source)), tests, limit=QUICK_ROWS) for source in stage.data.train]
+    reports = [examine(source, tests, limit=QUICK_ROWS) for source in build_sources(stage.data)]
     for report in reports:
         for finding in report.findings():
             if not finding.is_error:
@@ -83,7 +84,7 @@ def prepare_stages(
     for stage in stages:
         console.rule(f"stage {stage.name}", align="left")
         cache_dir = Path(stage.data.cache_dir or Path(config.run_dir) / "cache")
-        sources = [Source(**vars(source)) for source in stage.data.train]
+        sources = build_sources(stage.data)
         if check:
             found = [examine(source, tests) for source in sources]
             for report in found:

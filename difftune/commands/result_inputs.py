@@ -17,7 +17,7 @@ from difftune.evaluation.task import Task
 from difftune.fingerprints import files_hash, path_hash, value_hash
 
 _RUN_TIME = ("dtype", "attention_backend", "quantization")
-_NOT_COMPUTED = {"batch_size", "max_batch_tokens", "chunk_size", "cache", "cache_dir"}
+_NOT_COMPUTED = {"batch_size", "max_batch_tokens", "chunk_size", "cache", "cache_dir", "failure"}
 """Fields of tasks that change how long they take and not what they find."""
 
 
@@ -79,5 +79,5 @@ def _code() -> str:
         grader = version("math-verify")
     except PackageNotFoundError:
         grader = "none"
-    hashed = files_hash(package, (package / "evaluation").rglob("*.py"))
+    hashed = files_hash(package, [package / "rendering.py", *(package / "evaluation").rglob("*.py")])
     return f"difftune {__version__}, math-verify {grader}, {hashed[:16]}"

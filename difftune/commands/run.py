@@ -1,14 +1,15 @@
 """What fit, prepare, evaluate, generate and export do, in reading order: build objects, run them, say what came out."""
 
 import logging
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 from peft import PeftModel
-from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from difftune.builder import (
@@ -24,7 +25,7 @@ from difftune.builder import (
 )
 from difftune.builder.scale import is_sharded, num_parameters, settle_strategies, training_bytes
 from difftune.checkpoints.adapters import load_with_base, save_trained_adapter
-from difftune.checkpoints.export import ExportReport, export_model
+from difftune.checkpoints.export import ExportReport, auto_format, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
 from difftune.commands.dry_run import dry_run_stage, report_size
@@ -33,10 +34,13 @@ from difftune.commands.prepare import check_quickly, prepare_stages
 from difftune.commands.result_inputs import describe_inputs
 from difftune.config import Config, StageConfig
 from difftune.config.text import to_yaml
+from difftune.data.tokenizers import require_vocabulary
 from difftune.evaluation.generation import generate_texts
+from difftune.left_behind import nothing_left_if_refused
 from difftune.modeling import DiffTransformerForCausalLM, count_parameters
 from difftune.modeling.adapters import describe_adapter
 from difftune.modeling.quantized import quantize_base
+from difftune.rendering import chat_ids, text_ids
 from difftune.report.headline import headline_of, headline_text
 from difftune.report.runs import load_run
 from difftune.report.summary import accuracy_table
@@ -45,11 +49,16 @@ from difftune.run_folder import RunFolder
 from difftune.terminal import console, is_first_rank, say, set_up_logging
 from difftune.training.checkpoint_io import step_of
 from difftune.training.context_parallel import require_divisible
+from difftune.training.devices import device_problem
 from difftune.training.preemption import Preemption
 from difftune.training.slurm import requeue_if_asked
 from difftune.training.strategies import kind_of_device
+from difftune.user_errors import naming
 
 log = logging.getLogger(__name__)
+
+_REWRITTEN = ("config.yaml", "environment.json", "tokenizer/*")
+"""What every `fit` writes anew in its run folder."""
 
 
 def fit(config: Config, *, dry_run: bool = False) -> int:
@@ -69,15 +78,24 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         ValueError: If the config does not fit what is on disk: data, model, or an earlier run in the folder.
     """
     set_up_logging()
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config, of_run=True, write=not dry_run)
     if dry_run:
         _dry_run(config, tokenizer)
         return 0
 
     recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
+    with nothing_left_if_refused(Path(config.run_dir), keep="checkpoints/*/step-*", restore=_REWRITTEN):
+        return _fit(recipe, config, tokenizer)
+
+
+def _fit(recipe: Config, config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`fit` once every object that needs no data could be built."""
     folder = RunFolder(config.run_dir)
     if is_first_rank():
-        folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
+        with naming("run_dir"):
+            folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
+        # Templates that an earlier start left there would come back as this tokenizer's.
+        shutil.rmtree(folder.path / "tokenizer" / "additional_chat_templates", ignore_errors=True)
         tokenizer.save_pretrained(folder.path / "tokenizer")
     stages = config.resolved_stages()
     model: DiffTransformerForCausalLM | None = None
@@ -123,7 +141,10 @@ def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None
         ValueError: If the data cannot be read, or a check finds them unfit; if `teacher` and no stage stores one.
     """
     set_up_logging()
-    prepare_stages(config, build_tokenizer(config), console, workers=workers, teacher=teacher, check=check)
+    # What is tokenised is worth keeping, whatever a later stage is refused for.
+    with nothing_left_if_refused(Path(config.run_dir), keep="cache/*/meta.json"):
+        tokenizer = build_tokenizer(config, of_run=True)
+        prepare_stages(config, tokenizer, console, workers=workers, teacher=teacher, check=check)
 
 
 def evaluate(config: Config, out: Path | None = None, *, overwrite: bool = False) -> dict[str, dict[str, Any]]:
@@ -138,15 +159,18 @@ def evaluate(config: Config, out: Path | None = None, *, overwrite: bool = False
     Raises:
         ValueError: If `out` holds results of another model, other data or other settings.
         SystemExit: With 128 + the number of the signal that stopped the work, once everything is written.
+            With 1 if a task could not reach what it needs, such as a judge.
     """
     set_up_logging()
     assert config.model.path is not None, "checked with the config"
     folder = None if out is None else ResultFolder(out)
     with Preemption() as preemption:
         tasks = build_tasks(config.evaluation)
-        if folder is not None:
-            folder.open(describe_inputs(config, tasks, build_tokenizer(config)), overwrite=overwrite)
         model, tokenizer = _load_for_inference(config)
+        if folder is not None:
+            # With a model that can be loaded: what --overwrite removes is to be replaced.
+            with naming("--out"):
+                folder.open(describe_inputs(config, tasks, tokenizer), overwrite=overwrite)
         # The first Ctrl-C, too, lets what was generated be graded and written.
         with Preemption((signal.SIGINT,)) as interrupt:
             results = evaluate_tasks(
@@ -163,38 +187,67 @@ def evaluate(config: Config, out: Path | None = None, *, overwrite: bool = False
     if exit_code is not None:
         log.warning("stopped by a signal; with --out the same command goes on from here")
         raise SystemExit(exit_code)
+    failures = [f"{task.name}: {task.failure}" for task in tasks if task.failure]
+    if failures:
+        log.error("not all was evaluated: %s; with --out the same command measures the rest", "; ".join(failures))
+        raise SystemExit(1)
     return results
 
 
-def generate(config: Config, prompts: list[str]) -> list[str]:
-    """Print what a model answers to each prompt, as a user's turn of its chat template; return the answers."""
-    set_up_logging()
+def generate(config: Config, prompts: list[str], *, system: str | None = None, may_shorten: bool = False) -> list[str]:
+    """Print what a model answers to each prompt, as a user's turn of its chat template if any; return the answers.
+
+    Args:
+        config: With `model.path`.
+        prompts: What is asked, each in a chat of its own.
+        system: A system turn before each of them.
+        may_shorten: Whether `evaluation.max_new_tokens` is our default, and gives way where the context is shorter.
+
+    Raises:
+        ValueError: If there is a system turn and no chat template.
+    """
+    # Answers are what standard output is for.
+    set_up_logging(to_stderr=True)
     model, tokenizer = _load_for_inference(config)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+    if tokenizer.chat_template is None:
+        if system is not None:
+            raise ValueError(
+                "--system needs a chat template, and the tokenizer has none: give --chat-template, or put the text "
+                "into the prompt"
+            )
+        log.info("the tokenizer has no chat template: the model continues the prompts as text")
+        encoded = [text_ids(tokenizer, prompt, "the prompt") for prompt in prompts]
+    else:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        chats = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+        encoded = [chat_ids(tokenizer, chat, "the prompt", add_generation_prompt=True) for chat in chats]
     settings = config.evaluation
+    room = max(1, model.config.max_position_embeddings - max(map(len, encoded)))
+    limit = min(settings.max_new_tokens, room) if may_shorten else settings.max_new_tokens
     answers = generate_texts(
         model,
         tokenizer,
-        encoded["input_ids"],
-        max_new_tokens=settings.max_new_tokens,
+        encoded,
+        max_new_tokens=limit,
         batch_size=settings.batch_size,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
     )
     for prompt, answer in zip(prompts, answers, strict=True):
-        console.print(prompt, style="dim", highlight=False, markup=False)
-        console.print(answer.text, highlight=False, markup=False)
+        # The answer alone on standard output, as it is: what reads a pipe wants nothing else, and no wrapped lines.
+        if console.is_terminal:
+            console.print(prompt, style="dim", highlight=False, soft_wrap=True)
+        console.print(answer.text, highlight=False, soft_wrap=True)
         if not answer.finished:
-            log.warning("cut at --max-new-tokens %d", settings.max_new_tokens)
+            print(f"cut at --max-new-tokens {limit}", file=sys.stderr)
     return [answer.text for answer in answers]
 
 
 def export(config: Config, out: Path, *, overwrite: bool = False) -> ExportReport:
     """Write the model of `model.path` to a new folder, in the format and with the check that `export` names."""
     set_up_logging()
-    model, tokenizer = _load_for_inference(config, device="cpu")
+    model, tokenizer = _load_for_inference(config, device="cpu", as_stored=True)
     return _export(config, model, tokenizer, out, source=str(config.model.path), overwrite=overwrite)
 
 
@@ -212,7 +265,7 @@ def _train(
     if stage.data.check:
         check_quickly(stage, config.resolved_stages())
     data = build_data(stage, tokenizer, cache_dir=folder.path / "cache")
-    say(f"[bold]stage {stage.name}[/bold]\n{data.prepare().table()}")
+    say(f"\n{data.prepare().table()}", heading=f"stage {stage.name}")
     resume_from = folder.resume_point(stage.name, config.resume)
     if resume_from is not None:
         log.info("resuming from %s", resume_from)
@@ -249,7 +302,7 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
             _export(config, model, tokenizer, out, source=source, overwrite=True)
     headline = headline_text(headline_of(load_run(folder.path)))
     if headline:
-        say(escape(headline))
+        say(headline)
     table = accuracy_table(folder.path)
     if table is not None:
         console.print(table)
@@ -277,7 +330,7 @@ def _export(
     assert config.export is not None, "the command and the recipe set it"
     name = config.export.format
     if name == "auto":
-        name = "diffllama" if model.config.attention == "diff_v1" else "difftune"
+        name = auto_format(model.config)
     report = export_model(model, tokenizer, out, name, verify=config.export.verify, overwrite=overwrite, source=source)
     say(f"exported {report}")
     return report
@@ -302,17 +355,25 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _load_for_inference(
-    config: Config, device: str | None = None
+    config: Config, device: str | None = None, *, as_stored: bool = False
 ) -> tuple[DiffTransformerForCausalLM, PreTrainedTokenizerBase]:
     assert config.model.path is not None, "checked with the config"
     dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.path, dtype=dtype, attention_backend=config.model.attention_backend)
+    # float32 is the default: nobody gains by weights that are twice as large and say the same.
+    stored = as_stored and dtype == torch.float32
+    model = load_model(
+        config.model.path, dtype=None if stored else dtype, attention_backend=config.model.attention_backend
+    )
     if config.model.quantization is not None:
         log.info("%s", quantize_base(model, config.model.quantization, compute_dtype=dtype))
     if device is None:
+        if (problem := device_problem(config.trainer.accelerator)) is not None:
+            raise ValueError(problem)
         device = kind_of_device(config.trainer.accelerator)
     model.to(device)  # type: ignore[arg-type]  # the wrapper of transformers' `to` hides its arguments
-    return model, build_tokenizer(config)
+    tokenizer = build_tokenizer(config)
+    require_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
 
 
 def _end_of(stage: StageConfig) -> dict[str, Any]:

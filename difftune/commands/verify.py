@@ -50,7 +50,7 @@ def verify(model: str | None = None, *, dtype: str | None = None, device: str | 
     counts: Counter[str] = Counter()
     for tried in _models(model, dtype, where):
         size = f"{tried.num_parameters():,} parameters, {str(tried.dtype).removeprefix('torch.')} on {where.type}"
-        say(f"[bold]{model or 'a fresh model'}[/bold]: {tried.config.attention}, {size}")
+        say(f": {tried.config.attention}, {size}", heading=model or "a fresh model")
         with TemporaryDirectory() as folder, console.status("working; the trainings take a minute or two"):
             subject = None
             for claim in _claims(tried, where, Path(folder)):
@@ -93,5 +93,7 @@ def _claims(model: DiffTransformerForCausalLM, where: torch.device, folder: Path
 
 
 def _show(claim: Claim) -> None:
-    console.print(f"  [{_COLOURS[claim.state]}]{claim.state:<9}[/] [bold]{claim.what}[/]: ", end="", soft_wrap=True)
+    console.print(
+        f"  [{_COLOURS[claim.state]}]{claim.state:<9}[/] [bold]{claim.what}[/]: ", end="", soft_wrap=True, markup=True
+    )
     console.print(claim.found, highlight=False, markup=False, soft_wrap=True)

@@ -14,13 +14,13 @@ class AdapterConfig:
     and the gated unit. null: `attention`, unless `targets` are given."""
     targets: list[str] = _key([])
     """Projections by name, such as [q2_proj, k2_proj, v_proj], instead of a preset."""
-    rank: int = _key(16, low=1)
+    rank: int = _key(16, low=1, most=65536)
     """Rank of every projection, unless `ranks` says otherwise."""
     alpha: float = _key(32.0, above=0)
     """The update is scaled by alpha / rank, unless `alphas` says otherwise."""
-    ranks: dict[str, int] = _key({})
+    ranks: dict[str, int] = _key({}, low=1, most=65536)
     """Rank by branch, such as {negative: 8}: `positive` (q1, k1), `negative` (q2, k2), `shared` (all others)."""
-    alphas: dict[str, float] = _key({})
+    alphas: dict[str, float] = _key({}, above=0)
     """Alpha by branch."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank)."""

@@ -13,9 +13,11 @@ from difftune.tasks.math import MathTaskConfig
 MEAN = "eval/mean/accuracy"
 """The unweighted mean of the accuracies of all tasks of the kind `math`."""
 
-_STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-_TASK_NAME = re.compile(r"[\w.-]+")
-_MAX_TIME = re.compile(r"\d+:\d\d:\d\d:\d\d")
+_SMALLEST_FRACTION = 1e-4
+# They become names of files, with a step and an ending behind them.
+_STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
+_TASK_NAME = re.compile(r"[\w-][\w.-]{0,99}")
+_MAX_TIME = re.compile(r"[0-9]{1,5}:[0-9]{2}:[0-9]{2}:[0-9]{2}")
 
 
 def task_defaults(evaluation: EvaluationConfig) -> Defaults:
@@ -104,7 +106,8 @@ def _quantization_problems(config: Config, command: str) -> list[str]:
 
 def _name_problems(names: list[str]) -> list[str]:
     problems = [
-        f"stages: '{name}' cannot name a stage; use letters, digits, - and _, starting with a letter"
+        f"stages: {name[:120]!r} cannot name a stage; use letters, digits, - and _, starting with a letter, "
+        "at most 100 long"
         for name in names
         if not _STAGE_NAME.fullmatch(name)
     ]
@@ -121,11 +124,17 @@ def _stage_problems(config: Config, stage: StageConfig) -> list[str]:
         problems.append("trainer.max_steps: training would never end; set max_steps, max_epochs or max_time")
     if trainer.max_time is not None and not _MAX_TIME.fullmatch(trainer.max_time):
         problems.append(f"trainer.max_time: must be DD:HH:MM:SS, such as 00:08:00:00, got {trainer.max_time!r}")
+    elif trainer.max_time is not None and not any(int(part) for part in trainer.max_time.split(":")):
+        problems.append(f"trainer.max_time: {trainer.max_time} trains nothing; set a time, or null for no limit")
     if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
         problems.append("trainer.precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on the CPU")
     if 0 < trainer.max_steps <= optim.warmup_steps:
         problems.append(
             f"optim.warmup_steps: {optim.warmup_steps} must be less than trainer.max_steps, {trainer.max_steps}"
+        )
+    if max(optim.betas) >= 1:
+        problems.append(
+            f"optim.betas: {optim.betas} must each be less than 1, or a moment would never change; set 0.999"
         )
     if optim.schedule == "constant" and optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: a constant schedule does not decay; leave it out, or set another schedule")
@@ -192,7 +201,8 @@ def _task_problems(evaluation: EvaluationConfig) -> list[str]:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     problems = [f"evaluation.tasks: two tasks are named '{name}'; give each a name" for name in repeated]
     problems += [
-        f"evaluation.tasks: '{name}' cannot name a task; use letters, digits, ., - and _ (mean is that of all)"
+        f"evaluation.tasks: {name[:120]!r} cannot name a task; use letters, digits, ., - and _, not starting with a "
+        "dot, at most 100 long (mean is that of all)"
         for name in names
         if name == "mean" or not _TASK_NAME.fullmatch(name)
     ]
@@ -212,6 +222,11 @@ def _metric_problems(stage: StageConfig) -> list[str]:
     for period in ("every_n_steps", "every_n_tokens", "every_fraction"):
         if getattr(evaluation, period) is not None and not evaluation.tasks:
             problems.append(f"evaluation.{period}: there are no evaluation.tasks; name some, or set it to null")
+    if evaluation.every_fraction is not None and evaluation.every_fraction < _SMALLEST_FRACTION:
+        problems.append(
+            f"evaluation.every_fraction: {evaluation.every_fraction:g} is more than {1 / _SMALLEST_FRACTION:,.0f} "
+            "evaluations a stage; set a larger share"
+        )
     if evaluation.patience is not None and best is None:
         problems.append("evaluation.patience: waits for a better checkpoint.best_metric; set that, or patience=null")
     measured = [[f"eval/{task.task_name()}/{figure}" for figure in task.figures()] for task in evaluation.tasks]

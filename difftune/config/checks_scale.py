@@ -3,6 +3,9 @@
 from difftune.config.fsdp import FsdpConfig
 from difftune.config.recipe import Config, StageConfig
 
+MAX_DEVICES = 100_000
+"""Of one machine; what it really has is looked at before a training starts."""
+
 
 def scale_problems(config: Config) -> list[str]:
     """Everything of a config that does not go with its strategies, as `key: what, and what to do`."""
@@ -14,10 +17,38 @@ def scale_problems(config: Config) -> list[str]:
     if len(settings) > 1 and any(stage.trainer.strategy == "fsdp" for stage in stages):
         problems.append("trainer.strategy: a model is sharded once a run; set strategy and fsdp at the top level")
     for stage in stages:
+        if (problem := devices_problem(stage.trainer.devices)) is not None and problem not in problems:
+            problems.append(problem)
         problems += [text for text in _stage_problems(stage) if text not in problems]
         if stage.trainer.strategy == "fsdp":
             problems += [text for text in fsdp_problems(config) if text not in problems]
     return problems
+
+
+def devices_problem(devices: int | str | list[int]) -> str | None:
+    """What is wrong with `trainer.devices`, whatever this machine has; None if nothing is.
+
+    Example:
+        >>> devices_problem("0,1") is None, devices_problem(0)
+        (True, 'trainer.devices: 0 trains on nothing; set a number from 1 on, or auto for all')
+    """
+    what = f"trainer.devices: {str(devices)[:80] if isinstance(devices, list) else repr(devices)[:80]}"
+    if isinstance(devices, str):
+        if devices == "auto":
+            return None
+        parts = [part.strip() for part in devices.removesuffix(",").split(",")]
+        if devices.strip() != "-1" and not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+            return f"{what} is neither a number, nor numbers with commas between, such as 0,1, nor auto"
+        devices = int(devices) if "," not in devices else [int(part) for part in parts]
+    if isinstance(devices, list):
+        if not devices or min(devices) < 0:
+            return f"{what} names no devices; list their numbers, counted from 0, as in [0, 1]"
+        return f"{what} names a device twice; list each once" if len(set(devices)) < len(devices) else None
+    if devices == -1 or 1 <= devices <= MAX_DEVICES:
+        return None
+    if devices > MAX_DEVICES:
+        return f"{what} are more than a machine has; set at most {MAX_DEVICES}"
+    return f"{what} trains on nothing; set a number from 1 on, or auto for all"
 
 
 def fsdp_problems(config: Config) -> list[str]:

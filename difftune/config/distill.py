@@ -9,7 +9,7 @@ from difftune.config.field import key as _key
 class DistillConfig:
     """Learning from a teacher's distribution beside the labels."""
 
-    teacher: str | None = None
+    teacher: str | None = _key(None, is_path=True)
     """Folder or hub id of a model with the student's tokenizer, ours or transformers'. null: no distillation."""
     weight: float = _key(0.5, above=0, high=1)
     """Weight of the divergence; the cross entropy has the rest of 1."""

@@ -16,15 +16,30 @@ _KINDS = {
     type(None): "null",
 }
 
+LARGEST = 10**12
+"""Of a whole number that has no other bound: more than any run has of anything."""
+
 Constraints = Mapping[str, Any]
 """Metadata of a field; see :func:`key`."""
 
 
 def key(default: Any, **constraint: Any) -> Any:
-    """Field with a default and constraints: `choices`, `low`, `high` (inclusive), `above` (exclusive), `length`."""
+    """Field with a default and constraints.
+
+    Args:
+        default: Of the field.
+        constraint: `choices`; `low` and `high` (inclusive), `above` (exclusive): the range, which is documented;
+            `most`: a bound that no sensible value comes near, else `LARGEST`; `length` of a list; `is_path`: a text
+            that is a path, in which `~` is the home folder.
+    """
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=constraint)
     return field(default=default, metadata=constraint)
+
+
+def required(**constraint: Any) -> Any:
+    """Field without a default, with constraints as of :func:`key`."""
+    return field(metadata=constraint)
 
 
 def describe_range(constraints: Constraints) -> str:

@@ -1,22 +1,19 @@
 """From recipe trees to dataclasses, strictly: every unknown key and wrong value is found, with its place."""
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from difftune.config.checks import cross_field_problems
-from difftune.config.field import Constraints, all_keys, describe_kind, describe_range
+from difftune.config.field import Constraints, all_keys, describe_kind
 from difftune.config.recipe import RUN_TIME_MODEL_KEYS, Config, StageConfig
 from difftune.config.tree import (
-    Node,
     Override,
     apply_override,
     make_node,
@@ -27,6 +24,8 @@ from difftune.config.tree import (
     read_recipe,
     select_items,
 )
+from difftune.config.values import ValueProblem, check_value
+from difftune.config.yaml_text import Node
 
 _CONTEXT_KEYS = {"rope_parameters", "max_position_embeddings"}
 """Keys of `model` that extend a model that is loaded, where nothing else of an architecture stands beside them."""
@@ -255,7 +254,7 @@ class _Builder:
         """The dataclass that a mapping's `kind` chooses among the variants of `target`."""
         variants = target.variants()
         kind = value.get("kind", next(f.default for f in dataclasses.fields(target) if f.name == "kind"))
-        if kind not in variants:
+        if not isinstance(kind, str) or kind not in variants:
             hint = nearest(str(kind), list(variants))
             where = _child(node, "kind")
             raise self._invalid(where, f"{path}.kind", f"must be one of {', '.join(variants)}, got {kind!r}{hint}")
@@ -271,7 +270,7 @@ class _Builder:
             # An environment variable is always text; read it as the recipe would have.
             try:
                 value = parse_value(value)
-            except yaml.YAMLError:
+            except ValueError:
                 raise self._invalid(node, path, f"must be {describe_kind(hint)}, got {value!r}") from None
         for option in options:
             if dataclasses.is_dataclass(option) and value is not None:
@@ -280,10 +279,23 @@ class _Builder:
             if typing.get_origin(option) is list and isinstance(value, list):
                 return self._list(value, typing.get_args(option)[0], node, path, constraints)
             if _is_a(value, option):
-                converted = option(value) if option in (int, float) else value
-                self._check(converted, node, path, constraints)
-                return converted
+                self._check_items(value, option, node, path)
+                try:
+                    return check_value(option(value) if option in (int, float) else value, constraints)
+                except ValueProblem as error:
+                    raise self._invalid(node, path, str(error)) from None
         raise self._invalid(node, path, f"must be {describe_kind(hint)}, got {value!r}")
+
+    def _check_items(self, value: Any, hint: Any, node: Node, path: str) -> None:
+        """Of a mapping from names to one kind of value: that they are of it."""
+        if typing.get_origin(hint) is not dict:
+            return
+        kind = typing.get_args(hint)[1]
+        wrong = [key for key, item in value.items() if kind is not Any and not _is_a(item, kind)]
+        for key in wrong:
+            self._invalid(_child(node, key), f"{path}.{key}", f"must be {describe_kind(kind)}, got {value[key]!r}")
+        if wrong:
+            raise _InvalidError
 
     def _list(self, value: list[Any], hint: Any, node: Node, path: str, constraints: Constraints) -> list[Any]:
         length = constraints.get("length")
@@ -298,23 +310,6 @@ class _Builder:
         if not valid:
             raise _InvalidError
         return items
-
-    def _check(self, value: Any, node: Node, path: str, constraints: Constraints) -> None:
-        if value is None:
-            return
-        choices = constraints.get("choices")
-        if choices is not None and value not in choices:
-            hint = nearest(str(value), list(choices))
-            raise self._invalid(node, path, f"must be one of {', '.join(choices)}, got {value!r}{hint}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            # Negated, so that a NaN is refused as well.
-            within = (
-                value >= constraints.get("low", -math.inf)
-                and value <= constraints.get("high", math.inf)
-                and value > constraints.get("above", -math.inf)
-            )
-            if not within:
-                raise self._invalid(node, path, f"must be {describe_range(constraints)}, got {value!r}")
 
     def _invalid(self, node: Node, path: str, text: str) -> _InvalidError:
         self.note(node.where, path, f"{self._prefix}{path} {text}")

@@ -15,6 +15,7 @@ from difftune.config.adapter import AdapterConfig
 from difftune.config.checkpoint import CheckpointConfig
 from difftune.config.distill import DistillConfig
 from difftune.config.field import key as _key
+from difftune.config.field import required as _required
 from difftune.config.fsdp import FsdpConfig
 from difftune.config.upsample import UpsampleConfig
 from difftune.tasks.base import TaskConfig
@@ -28,25 +29,25 @@ RUN_TIME_MODEL_KEYS = tuple(_RUN_TIME.split())
 class ModelConfig:
     """The model: loaded from `path`, or fresh from the architecture fields."""
 
-    path: str | None = None
+    path: str | None = _key(None, is_path=True)
     """Folder or hub id to start from: a difftune or DiffLlama model, or a training checkpoint. null: a fresh model.
     Given in a recipe or on the command line, it replaces the architecture that a `base:` or the recipe describes."""
     attention: str | None = _key(None, choices=("diff_v1", "diff_v2", "softmax"))
     """Kind of attention. `softmax` is the baseline in the same backbone. null, here and in every architecture field
     below: the default of DiffTransformerConfig; with `path`, what the checkpoint says."""
-    vocab_size: int | None = _key(None, low=1)
+    vocab_size: int | None = _key(None, low=1, most=2**28)
     """Rows of the embedding. null for a fresh model: as many as the tokenizer has."""
-    hidden_size: int | None = _key(None, low=1)
+    hidden_size: int | None = _key(None, low=1, most=2**20)
     """Width of the residual stream."""
-    intermediate_size: int | None = _key(None, low=1)
+    intermediate_size: int | None = _key(None, low=1, most=2**22)
     """Inner width of the SwiGLU block; the paper has 8/3 of hidden_size."""
-    num_hidden_layers: int | None = _key(None, low=1)
+    num_hidden_layers: int | None = _key(None, low=1, most=10_000)
     """Number of blocks."""
-    num_attention_heads: int | None = _key(None, low=1)
+    num_attention_heads: int | None = _key(None, low=1, most=2**16)
     """Softmax maps a layer, as Hugging Face counts; a differential head takes two of them."""
-    num_key_value_heads: int | None = _key(None, low=1)
+    num_key_value_heads: int | None = _key(None, low=1, most=2**16)
     """Key/value heads a layer (grouped-query attention); even for diff_v1."""
-    head_dim: int | None = _key(None, low=1)
+    head_dim: int | None = _key(None, low=1, most=2**16)
     """Width of one map's query and key. null: hidden_size / num_attention_heads."""
     subln: str | None = _key(None, choices=("affine", "plain", "none"))
     """Norm of each head's output in diff_v1: with a weight, without, or none at all."""
@@ -71,7 +72,7 @@ class ModelConfig:
     """Epsilon of the norms of the blocks."""
     rope_parameters: dict[str, Any] | None = None
     """Rotary embedding in transformers' form, such as {rope_type: default, rope_theta: 640000}."""
-    max_position_embeddings: int | None = _key(None, low=1)
+    max_position_embeddings: int | None = _key(None, low=1, most=2**32)
     """Longest sequence in tokens that the model is meant for."""
     tie_word_embeddings: bool | None = None
     """Share the embedding matrix with the output layer."""
@@ -101,13 +102,15 @@ class ModelConfig:
 class SourceConfig:
     """One source of training rows."""
 
-    path: str
-    """A .jsonl, .json or .parquet file, a folder of them, a `datasets` hub id, `synthetic:arithmetic` or
-    `synthetic:reasoning_gym/<task>`. What exists on disk wins over a hub id of the same name."""
+    path: str = _required(is_path=True)
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text ones also .gz, .zst, .bz2), a folder of them
+    or one of `save_to_disk`, a `datasets` hub id, `synthetic:arithmetic` or `synthetic:reasoning_gym/<task>`. What
+    exists on disk wins over a hub id of the same name."""
     format: str = "auto"
     """Name of the row format. `auto`: recognised by the columns of the first row."""
     split: str = "train"
-    """Split of a hub data set or a generator; in a folder whose file names say their split, the files of that one."""
+    """Split of a hub data set or a generator; in a folder whose names say their split, the files of that one. Names
+    with test, eval, validation, dev or heldout as a whole word are never of the split train."""
     name: str | None = None
     """Configuration of a hub data set, such as `main` of gsm8k. null: its default."""
     limit: int | None = _key(None, low=1)
@@ -116,6 +119,8 @@ class SourceConfig:
     """Learn the final answer instead of the worked solution."""
     options: dict[str, Any] = _key({})
     """Settings of a generator, such as {level: 2, count: 20000, seed: 0} of `synthetic:arithmetic`."""
+    columns: dict[str, str] = _key({})
+    """Columns that have another name in the data: our name, then theirs, such as {question: task, answer: gold}."""
 
 
 @dataclass
@@ -124,19 +129,23 @@ class DataConfig:
 
     train: list[SourceConfig] = _key([])
     """Where the training rows come from."""
-    seq_len: int = _key(2048, low=2)
+    seq_len: int = _key(2048, low=2, most=2**30)
     """Tokens in a row of a batch."""
-    micro_batch_size: int = _key(1, low=1)
+    micro_batch_size: int = _key(1, low=1, most=2**20)
     """Rows of a forward pass on one device."""
     packing: bool = True
     """Several documents in a row, with attention and positions kept apart. false: one document a row, padded."""
     overlong: str = _key("drop", choices=("drop", "truncate", "raise"))
     """What happens to a document longer than seq_len. Counts are printed."""
+    bad_rows: str = _key("raise", choices=("raise", "drop"))
+    """What happens to a row that cannot be used: not readable, without text, with wrong types or roles, or refused by
+    the chat template. `raise` names it; `drop` counts by reason and prints the first of each. What a format leaves out
+    by its own columns (an answer that is not verified), and what `overlong` drops, is counted in both."""
     shuffle: bool = True
     """A new order each epoch, from the seed."""
-    num_workers: int = _key(0, low=0)
+    num_workers: int = _key(0, low=0, most=1024)
     """Processes that prepare batches; 0: the main one. The order does not depend on it."""
-    cache_dir: str | None = None
+    cache_dir: str | None = _key(None, is_path=True)
     """Folder of tokenised data, keyed by content. null: `cache/` in the run folder."""
     streaming: bool = False
     """Read rows as they are needed, for sets that do not fit in memory."""
@@ -180,14 +189,14 @@ class TrainerConfig:
     """Kind of device."""
     devices: int | str | list[int] = "auto"
     """How many devices, or which ones."""
-    num_nodes: int = _key(1, low=1)
+    num_nodes: int = _key(1, low=1, most=100_000)
     """Machines."""
     strategy: str = _key("auto", choices=("auto", "ddp", "fsdp"))
     """How several devices work together. `ddp`: each has the whole model; `fsdp`: the model is sharded over them, and
     loaded so; `auto`: `ddp` where weights, gradients and AdamW fill half a device at most, else `fsdp`."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     """Of the strategy `fsdp`."""
-    context_parallel_size: int = _key(1, low=1)
+    context_parallel_size: int = _key(1, low=1, most=100_000)
     """Devices that share every row, each with a part of its tokens; must divide their number. 1: whole rows."""
     precision: str = _key("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     """Arithmetic of the training steps."""
@@ -197,11 +206,11 @@ class TrainerConfig:
     """Passes over the data. null: no limit."""
     max_time: str | None = None
     """Wall-clock limit, DD:HH:MM:SS. null: none."""
-    accumulate_grad_batches: int = _key(1, low=1)
+    accumulate_grad_batches: int = _key(1, low=1, most=10**6)
     """Micro-batches of an optimiser step."""
     gradient_clip_val: float | None = _key(1.0, above=0)
     """Largest norm of the gradient. null: no clipping."""
-    timeout_s: float = _key(1800.0, above=0)
+    timeout_s: float = _key(1800.0, above=0, most=10**7)
     """Seconds after which a process gives up waiting for the others: longer than any evaluation or saving takes."""
     log_every_n_steps: int = _key(10, low=1)
     """Optimiser steps between two lines of metrics."""
@@ -226,17 +235,17 @@ class EvaluationConfig:
     """Training tokens between two evaluations. null: not by tokens."""
     every_fraction: float | None = _key(None, above=0, high=1)
     """Share of the stage between two evaluations, so 0.25: at a quarter, half, three quarters. null: not by share."""
-    max_new_tokens: int = _key(512, low=1)
+    max_new_tokens: int = _key(512, low=1, most=2**30)
     """Longest answer in tokens, unless the task says otherwise."""
-    batch_size: int = _key(16, low=1)
+    batch_size: int = _key(16, low=1, most=2**20)
     """Prompts decoded together."""
-    temperature: float = _key(0.0, low=0)
+    temperature: float = _key(0.0, low=0, most=1000)
     """Sampling temperature; 0: greedy."""
     top_p: float = _key(1.0, above=0, high=1)
     """Sample from the most likely tokens that hold this share of the probability."""
-    num_samples: int = _key(1, low=1)
+    num_samples: int = _key(1, low=1, most=2**20)
     """Answers a problem; the accuracy is their mean."""
-    seed: int = _key(0, low=0)
+    seed: int = _key(0, low=0, most=2**32 - 1)
     """Draws the subset and the samples; apart from the seed of the training."""
     time_limit_s: float | None = _key(None, above=0)
     """Seconds after which an evaluation stops and reports what it has. null: no limit."""
@@ -260,9 +269,9 @@ class LoggingConfig:
 class ExportConfig:
     """What is exported when the last stage has ended, to `export/` in the run folder."""
 
-    format: str = _key("auto", choices=("auto", "diffllama", "difftune"))
-    """`diffllama`: loads in plain transformers, holds diff_v1 only; `difftune`: every kind; `auto`: the first where it
-    can hold the model, else the second."""
+    format: str = _key("auto", choices=("auto", "diffllama", "llama", "difftune"))
+    """`diffllama` and `llama` load in plain transformers and hold diff_v1 and softmax; `difftune`: every kind; `auto`:
+    one of the first two where it can hold the model, else the third."""
     verify: bool = True
     """Reload the folder and compare its logits before calling it done."""
 
@@ -273,7 +282,7 @@ class StageConfig:
 
     name: str = "main"
     """Name in metrics, samples and checkpoints, and in overrides such as `stages.answers.optim.lr=1e-4`."""
-    seed: int = _key(0, low=0)
+    seed: int = _key(0, low=0, most=2**32 - 1)
     """Of the data order and of a fresh model."""
     data: DataConfig = field(default_factory=DataConfig)
     """From text to batches."""
@@ -293,14 +302,16 @@ class StageConfig:
 class Config:
     """A whole recipe. `stages` are complete here, whatever the file left out."""
 
-    seed: int = _key(0, low=0)
+    seed: int = _key(0, low=0, most=2**32 - 1)
     """Of the data order and of a fresh model."""
-    run_dir: str = "runs/main"
+    run_dir: str = _key("runs/main", is_path=True)
     """Folder that the run writes. Not set: `runs/` and the name of the recipe file."""
-    resume: str = "auto"
+    resume: str = _key("auto", is_path=True)
     """`auto`: go on from the newest valid checkpoint of run_dir, if any; `never`: refuse to go on; or a checkpoint."""
-    tokenizer: str | None = None
+    tokenizer: str | None = _key(None, is_path=True)
     """`digits`, `bytes`, a folder or a hub id. null: the one saved with model.path."""
+    chat_template: str | None = None
+    """A file, the name of a template of the tokenizer, or Jinja text; saved with the model. null: the tokenizer's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model, one for all stages."""
     adapter: AdapterConfig | None = None

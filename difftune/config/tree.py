@@ -1,38 +1,16 @@
 """Recipes as trees that remember where each value stands: YAML with line numbers, `base:` chains, overrides."""
 
 import difflib
-import re
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from difftune.config.yaml_text import Node, read_yaml, read_yaml_file
+from difftune.user_text import TextError, expand_path
 
 COMMAND_LINE = "command line"
-
-
-@dataclass
-class Node:
-    """A value of a recipe (mapping, list or scalar; the items of the first two are nodes) and its place."""
-
-    value: Any
-    where: str
-
-    def plain(self) -> Any:
-        """The value without places."""
-        if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
-
-    def copy(self) -> "Node":
-        """A tree of its own, to be edited."""
-        if isinstance(self.value, dict):
-            return Node({key: node.copy() for key, node in self.value.items()}, self.where)
-        if isinstance(self.value, list):
-            return Node([node.copy() for node in self.value], self.where)
-        return Node(self.value, self.where)
+_MAX_BASES = 20
 
 
 def make_node(value: Any, where: str) -> Node:
@@ -44,28 +22,14 @@ def make_node(value: Any, where: str) -> Node:
     return Node(value, where)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars: `1e-4` is a number; `yes`, `1:30` and dates are text."""
+def parse_value(text: str, where: str = "value") -> Any:
+    """One YAML value, as after the `=` of an override.
 
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.inf|\.nan",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def parse_value(text: str) -> Any:
-    """One YAML value, as after the `=` of an override."""
-    return yaml.load(text, Loader=_Loader)
+    Raises:
+        ValueError: If it is not YAML, or not plain.
+    """
+    node = read_yaml(text, where, lines=False)
+    return None if node is None else node.plain()
 
 
 def read_tree(path: Path) -> Node:
@@ -75,45 +39,11 @@ def read_tree(path: Path) -> Node:
         ValueError: If it is not YAML, not a mapping, or has a key twice.
         FileNotFoundError: If it is not there.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe not found: {path}")
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
-        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
-    try:
-        root = loader.get_single_node()
-        tree = Node({}, f"{path}:1") if root is None else _convert(root, loader, path)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    tree = read_yaml_file(path) or Node({}, f"{path}:1")
     if not isinstance(tree.value, dict):
-        raise ValueError(f"{tree.where}: a recipe is a mapping of keys, got {type(tree.value).__name__}")
+        kind = type(tree.value).__name__
+        raise ValueError(f"{tree.where}: a recipe is a mapping of keys, got {kind} {str(tree.plain())[:40]!r}")
     return tree
-
-
-def _convert(node: yaml.Node, loader: _Loader, path: Path) -> Node:
-    where = f"{path}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.SequenceNode):
-        return Node([_convert(item, loader, path) for item in node.value], where)
-    if not isinstance(node, yaml.MappingNode):
-        return Node(loader.construct_object(node), where)
-    own_keys: set[str] = set()
-    for key, _ in node.value:
-        if key.value in own_keys:
-            raise ValueError(f"{path}:{key.start_mark.line + 1}: key '{key.value}' stands twice in the same mapping")
-        own_keys.add(key.value)
-    loader.flatten_mapping(node)
-    mapping = {}
-    for key, item in node.value:
-        converted = _convert(item, loader, path)
-        # An empty or multi-line value starts elsewhere; the key is what a reader looks for.
-        converted.where = f"{path}:{key.start_mark.line + 1}"
-        mapping[str(key.value)] = converted
-    return Node(mapping, where)
 
 
 def read_recipe(path: Path) -> list[Node]:
@@ -126,6 +56,9 @@ def read_recipe(path: Path) -> list[Node]:
     chain: list[Path] = []
     trees: list[Node] = []
     while True:
+        # A circle of links is no file, and has no place that it could be resolved to.
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"recipe not found: {path}" + (" (a link to nowhere)" if path.is_symlink() else ""))
         if path.resolve() in chain:
             circle = [*chain[chain.index(path.resolve()) :], path.resolve()]
             raise ValueError(f"base recipes go round in a circle: {' -> '.join(p.name for p in circle)}")
@@ -137,9 +70,15 @@ def read_recipe(path: Path) -> list[Node]:
             return trees
         if not isinstance(base.value, str):
             raise ValueError(f"{base.where}: base must be the path of a recipe, got {base.plain()!r}")
-        path = path.parent / base.value
+        if len(chain) == _MAX_BASES:
+            raise ValueError(f"{base.where}: more than {_MAX_BASES} recipes, each with a base: {base.value}; join some")
+        try:
+            path = path.parent / expand_path(base.value)
+        except TextError as error:
+            raise ValueError(f"{base.where}: base {error}") from error
         if not path.is_file():
-            raise FileNotFoundError(f"{base.where}: base recipe not found: {path}")
+            what = "is a folder" if path.is_dir() else "not found"
+            raise FileNotFoundError(f"{base.where}: base recipe {what}: {path}")
 
 
 def merge(lower: Node, upper: Node) -> Node:
@@ -173,11 +112,14 @@ def parse_override(text: str) -> Override:
         raise ValueError(f"{COMMAND_LINE}: expected key=value with a dotted key, got {text!r}")
     if not value.strip():
         raise ValueError(f"{COMMAND_LINE}: {text!r} has no value; write {key}=null for none")
+    where = f"{COMMAND_LINE} ({key[:80]}=...)"
     try:
-        return Override(keys, parse_value(value), f"{COMMAND_LINE} ({key}=...)")
-    except yaml.YAMLError as error:
+        return Override(keys, parse_value(value, where), where)
+    except ValueError as error:
+        shown = f"{text[:77]}..." if len(text) > 80 else text
+        reason = str(error).removeprefix(f"{where}: ").removeprefix("not valid YAML: ")
         raise ValueError(
-            f"{COMMAND_LINE}: the value of {text!r} is not valid YAML; quote it: '{key}=\"...\"'"
+            f"{COMMAND_LINE}: the value of {shown!r} is not valid YAML; quote it: '{key[:80]}=\"...\"' ({reason})"
         ) from error
 
 
@@ -218,14 +160,14 @@ def select_items(items: list[Node], key: str, path: str, where: str) -> list[int
     """
     if key == "*" and items:
         return list(range(len(items)))
-    if key.isdecimal() and int(key) < len(items):
+    if key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(items):
         return [int(key)]
     named = [item.value.get("name") if isinstance(item.value, dict) else None for item in items]
     names = [node.value if node is not None else None for node in named]
     if key in names:
         return [index for index, name in enumerate(names) if name == key]
     listed = f" ({', '.join(name for name in names if name)})" if any(names) else ""
-    raise LookupError(f"{where}: '{path}' has no item '{key}': it has {len(items)}{listed}, counted from 0")
+    raise LookupError(f"{where}: '{path}' has no item '{key[:40]}': it has {len(items)}{listed}, counted from 0")
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -30,6 +30,7 @@ class Corpus:
         truncated: Documents that were cut.
         lost_to_length: Documents that were dropped because of their length.
         longest: Tokens of the longest document before the limit.
+        further_turns: Documents beyond the first of their row, before the limit.
         repeats: Copies of documents beyond the first; each copy counts among the kept.
         lengths: int64, shape [kept]: tokens of each document that is learned.
         label_counts: int64, shape [kept]: labels of each.
@@ -47,6 +48,7 @@ class Corpus:
         self.longest = int(self.lengths.max(initial=0))
         self._kept = np.arange(len(self.lengths))
         self.truncated = self.lost_to_length = 0
+        self.further_turns = sum(int(np.count_nonzero(np.diff(part.row_numbers) == 0)) for part in sets)
         if (too_long := np.flatnonzero(self.lengths > seq_len)).size:
             self._limit(too_long, overlong)
         self.repeats = 0

@@ -20,7 +20,7 @@ from difftune.data.statistics import DataStatistics, count_corpus
 from difftune.data.stream import BatchStream, RowStream, interleave
 from difftune.data.teacher_store import TeacherSettings, with_teacher
 from difftune.data.token_cache import load_tokenized
-from difftune.data.tokenized import PIECE_ROWS, TokenizedSet, question_key, tokenize_pieces
+from difftune.data.tokenized import PIECE_ROWS, Counts, TokenizedSet, question_key, tokenize_pieces
 from difftune.data.tokenizers import decode
 from difftune.data.upsampling import Upsampling
 
@@ -133,6 +133,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._context_parallel_size = context_parallel_size
         self._upsampling = upsampling
         self._corpus: Corpus | None = None
+        self._told_bad: set[str] = set()
         self._row_cache = None if streaming else RowCache(cache_dir if keep_rows else None)
         # Where the stream was entered: global rows, and the batches that Lightning had counted there.
         self._start_row = 0
@@ -180,6 +181,7 @@ class SFTDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"none of the {stats.rows_read} rows read is left to learn: {reasons} (the longest has "
                 f"{stats.longest_row} tokens)"
+                + "".join(f"\n  first {r}: {text}" for r, text in stats.first_bad.items())
             )
         if corpus.lost_to_length > _LOSS_WORTH_A_WARNING * stats.rows_read:
             log.warning(
@@ -329,6 +331,12 @@ class SFTDataModule(pl.LightningDataModule):
             yield self._corpus_of(block)
 
     def _corpus_of(self, sets: Sequence[TokenizedSet]) -> Corpus:
+        if self._streaming:
+            # Nobody counts what is behind the first block.
+            for reason, text in sum((part.counts for part in sets), Counts()).first_bad.items():
+                if reason not in self._told_bad:
+                    self._told_bad.add(reason)
+                    log.warning("%s, the first one: %s", reason, text)
         return Corpus(sets, seq_len=self._seq_len, overlong=self._overlong, upsampling=self._upsampling)
 
     def _rank_and_world_size(self) -> tuple[int, int]:

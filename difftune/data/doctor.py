@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from difftune.data.bad_rows import read_row
 from difftune.data.contamination import ProblemIndex
-from difftune.data.formats import FORMATS, Dropped, Example, read_example, resolve_format
+from difftune.data.formats import FORMATS, Dropped, Example, resolve_format
+from difftune.data.rows import Row
 from difftune.data.sources import Source, read_rows
 from difftune.data.tokenized import question_key
 
@@ -54,6 +56,8 @@ class SourceReport:
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    first_bad: dict[str, str] = field(default_factory=dict)
+    """Of each reason for which bad rows are dropped, the first row and what is wrong with it."""
     delimiters: Counter[str] = field(default_factory=Counter)
     """Learned answers by the delimiters of their trace."""
     trace_elsewhere: Counter[str] = field(default_factory=Counter)
@@ -86,6 +90,7 @@ class SourceReport:
             f"  learned     {self.learns}",
             f"  such as     {self.example}",
             *[f"  dropped     {count:,} {reason}" for reason, count in self.dropped.most_common()],
+            *[f"  first       {reason}: {text}" for reason, text in self.first_bad.items()],
             *[f"  delimiters  {count:,} {form}" for form, count in self.delimiters.most_common()],
             *[f"  {'ERROR' if f.is_error else 'warning':<11} {f.text}" for f in self.findings()],
         ]
@@ -157,8 +162,14 @@ def examine(source: Source, tests: ProblemIndex, *, limit: int | None = None) ->
         ValueError: If the source cannot be read, has no row, or a row does not fit its format.
     """
     report: SourceReport | None = None
+    unread: list[Row] = []
     seen: dict[int, set[int]] = {}
-    for row in islice(read_rows(source, streaming=limit is not None), limit):
+    for row in islice(read_rows(source, streaming=limit is not None, keep_bad=True), limit):
+        if report is None and row.bad is not None:
+            # What is learned is known from the first row that can be read.
+            read_row(row, None, source)
+            unread.append(row)
+            continue
         if report is None:
             row_format = resolve_format(source.format, row.columns, row.where)
             name = next(name for name, known in FORMATS.items() if known is row_format)
@@ -167,14 +178,16 @@ def examine(source: Source, tests: ProblemIndex, *, limit: int | None = None) ->
             )
             learns = "the final answer" if source.answer_only else _first_line(row_format.read.__doc__)
             report = SourceReport(source.path, name, why, learns)
-        report.rows += 1
-        example = read_example(row_format, row.columns, row.where, answer_only=source.answer_only)
+            for bad in unread:
+                _count_dropped(report, read_row(bad, None, source))
+        example = read_row(row, row_format, source)
         if isinstance(example, Dropped):
-            report.dropped[example.reason] += 1
+            _count_dropped(report, example)
         else:
+            report.rows += 1
             _look_at(report, row.columns, example, seen, tests)
     if report is None:
-        raise ValueError(f"{source.path} has no row")
+        raise ValueError(f"{source.path} has no row" + (" that can be read" if unread else ""))
     return report
 
 
@@ -186,6 +199,14 @@ def refuse_faults(reports: Iterable[SourceReport]) -> None:
             "\n  ".join(["the training data are not fit to learn from:", *errors])
             + "\nSee `difftune prepare --check`; data.check=false trains on them all the same."
         )
+
+
+def _count_dropped(report: SourceReport, row: Example | Dropped) -> None:
+    assert isinstance(row, Dropped), "a bad row is dropped or raised"
+    report.rows += 1
+    report.dropped[row.reason] += 1
+    if row.first is not None:
+        report.first_bad.setdefault(row.reason, row.first)
 
 
 def _look_at(

@@ -4,10 +4,13 @@ One function a format, by name in `FORMATS`. A row that lacks a column of its fo
 text is empty, or that its own columns call wrong, is dropped and counted by reason.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from difftune.data.rows import BadRow
 
 Columns = Mapping[str, Any]
 Message = dict[str, str]
@@ -34,6 +37,15 @@ class Dropped:
     """Why a row is not learned."""
 
     reason: str
+    """Beginning with "empty" or not: a row without text is bad, others are left out by what their columns say."""
+
+    first: str | None = None
+    """Of a bad row: where it is and what is wrong with it."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the row is broken, and so a matter of `data.bad_rows`."""
+        return self.reason.startswith("empty")
 
 
 @dataclass(frozen=True)
@@ -82,18 +94,30 @@ def read_example(row_format: Format, columns: Columns, where: str, *, answer_onl
         answer_only: Replace the last assistant turn by the final answer.
 
     Raises:
-        ValueError: If a column is missing or of the wrong type, or if `answer_only` and the format knows no
+        BadRow: If a column is missing or of the wrong type, or if `answer_only` and the format knows no
             answer.
     """
     try:
         example = row_format.read(columns)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise BadRow(where, str(error)) from error
+    if isinstance(example, Example):
+        _check_text(example, where)
     if isinstance(example, Dropped) or not answer_only:
         return example
     if not example.answer or not example.messages:
-        raise ValueError(f"{where}: answer_only needs the final answer, which this format does not hold")
+        raise BadRow(where, "answer_only needs the final answer, which this format does not hold")
     return replace(example, messages=[*example.messages[:-1], {"role": "assistant", "content": example.answer}])
+
+
+def _check_text(example: Example, where: str) -> None:
+    """Refuse half a surrogate pair: no tokenizer encodes it, and no file can hold it."""
+    for text in [example.text or "", example.answer or "", *(turn["content"] for turn in example.messages)]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise BadRow(where, f"half of a surrogate pair ({half} in {text[:60]!a}): mend the text") from error
 
 
 def reasoning_text(reasoning: str, solution: str) -> str:
@@ -313,6 +337,8 @@ def _text(columns: Columns, name: str) -> str:
     value = columns[name]
     if value is None:
         return ""
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"column {name!r} must be text or a finite number, got {value}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -340,5 +366,5 @@ def _turns(columns: Columns, name: str, role_key: str, content_key: str) -> list
 
 
 def _id(columns: Columns) -> str | None:
-    value = next((columns[name] for name in ("id", "unique_id", "uuid") if columns.get(name) is not None), None)
-    return None if value is None else str(value)
+    values = (columns.get(name) for name in ("id", "unique_id", "uuid"))
+    return next((str(value) for value in values if value is not None), None)

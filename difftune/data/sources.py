@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-import re
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from difftune.data import synthetic
+from difftune.data.files import COMPRESSION, FILE_SUFFIXES, data_files, is_saved_dataset
+from difftune.data.readers import read_file
+from difftune.data.rows import BAD_ROWS, BadRow, Row
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-_SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev"}
 _SYNTHETIC = "synthetic:"
 
 
@@ -22,13 +23,14 @@ class Source:
     """One place that training rows or problems come from."""
 
     path: str
-    """A .jsonl, .json or .parquet file, a folder of them, a `datasets` hub id, `synthetic:arithmetic` or
-    `synthetic:reasoning_gym/<task>`. What exists on disk wins over a hub id of the same name."""
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text ones also .gz, .zst, .bz2), a folder of them
+    or one of `save_to_disk`, a `datasets` hub id, `synthetic:arithmetic` or `synthetic:reasoning_gym/<task>`. What
+    exists on disk wins over a hub id of the same name."""
     format: str = "auto"
     """A name of `difftune.data.formats.FORMATS`; "auto" decides by the columns of the first row."""
     split: str = "train"
-    """Split of a hub data set or a generator ("train" or "test"); in a folder whose file names say train,
-    test or validation, the files of that split. A single file is one split: not looked at."""
+    """Split of a hub data set or a generator ("train" or "test"); in a folder whose names say train, test or
+    validation, the files of that split (see `difftune.data.files`). A single file is one split: not looked at."""
     name: str | None = None
     """Configuration of a hub data set ("main" of gsm8k). None: its default."""
     limit: int | None = None
@@ -37,6 +39,10 @@ class Source:
     """Learn the final answer instead of the worked solution; the format must know the answer."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a generator: see `difftune.data.synthetic`. Only for `synthetic:` paths."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column -> the name that it has in the source. Columns that are not named keep theirs."""
+    bad_rows: str = "raise"
+    """What happens to a row that cannot be used: "raise", or "drop" it, counted by its reason."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -45,17 +51,13 @@ class Source:
             raise ValueError(f"limit of {self.path} must be at least 1 or null (all rows), got {self.limit}")
         if self.options and not self.path.startswith(_SYNTHETIC):
             raise ValueError(f"options {sorted(self.options)} are for synthetic: paths; {self.path} takes none")
+        if self.bad_rows not in BAD_ROWS:
+            raise ValueError(f"bad_rows must be one of {', '.join(BAD_ROWS)}, got {self.bad_rows!r}")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise ValueError(f"columns of {self.path} name one column of the source twice: {self.columns}")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row as its source holds it, and where it stands there, for error messages."""
-
-    columns: dict[str, Any]
-    where: str
-
-
-def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
+def read_rows(source: Source, *, streaming: bool = False, keep_bad: bool = False) -> Iterator[Row]:
     """Yield the rows of a source in its own order, which is the same at every call.
 
     Args:
@@ -63,23 +65,52 @@ def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
         streaming: A hub data set is read over the network as it is needed, instead of being downloaded first.
             Local files and generators are read row by row either way (.json files whole, as their syntax
             demands).
+        keep_bad: A row that cannot be read is yielded too, and says so itself.
 
     Raises:
         ValueError: If the path is neither a file nor a folder nor a reachable hub data set, or if a file is
             broken; the message names the file and the line.
+        BadRow: For a row that cannot be read, unless `keep_bad`.
     """
-    return islice(_all_rows(source, streaming), source.limit)
+    for row in islice(_all_rows(source, streaming), source.limit):
+        if row.bad is None:
+            row = _renamed(_without_nan(row), source.columns)
+        if row.bad is not None and not keep_bad:
+            raise row.bad
+        yield row
+
+
+def _without_nan(row: Row) -> Row:
+    """The row with null for NaN, which is how tables write it: no reader after this takes it for a value or a text."""
+    if not any(isinstance(value, float) and math.isnan(value) for value in row.columns.values()):
+        return row
+    kept = {
+        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.columns.items()
+    }
+    return replace(row, columns=kept)
+
+
+def _renamed(row: Row, names: dict[str, str]) -> Row:
+    """The row with our names of its columns."""
+    if not names:
+        return row
+    if missing := [name for name in names.values() if name not in row.columns]:
+        text = f"no column {missing[0]!r}, which `columns` names; there are {', '.join(sorted(row.columns))}"
+        return replace(row, columns={}, bad=BadRow(row.where, text))
+    kept = {name: value for name, value in row.columns.items() if name not in names.values()}
+    return replace(row, columns=kept | {ours: row.columns[theirs] for ours, theirs in names.items()})
 
 
 def fingerprint(source: Source) -> str:
     """A hash of all that `read_rows(source)` depends on: content of files, version of a hub data set."""
     digest = hashlib.sha256()
-    settings = [source.split, source.name, source.limit, source.options]
+    settings = [source.split, source.name, source.limit, source.options, source.columns]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     if source.path.startswith(_SYNTHETIC):
         digest.update(f"{source.path} {synthetic.version(_generator(source))}".encode())
     elif (path := Path(source.path).expanduser()).exists():
-        for file in _files(path, source.split):
+        files = sorted(path.rglob("*.*")) if is_saved_dataset(path) else data_files(path, source.split)
+        for file in (file for file in files if file.is_file()):
             digest.update(f"{file.name} ".encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
@@ -98,90 +129,39 @@ def _all_rows(source: Source, streaming: bool) -> Iterator[Row]:
         rows = synthetic.generate(_generator(source), source.split, source.options)
         yield from (Row(row, f"{source.path}, row {n}") for n, row in enumerate(rows, 1))
     elif (path := Path(source.path).expanduser()).exists():
-        for file in _files(path, source.split):
-            yield from _READERS[file.suffix](file)
+        if is_saved_dataset(path):
+            rows = _saved_dataset(path, source.split)
+            yield from (Row(row, f"{source.path}, row {n}") for n, row in enumerate(rows, 1))
+            return
+        for file in data_files(path, source.split):
+            yield from read_file(file)
     else:
         rows = _hub_dataset(source.path, source.name, source.split, streaming)
         yield from (Row(row, f"{source.path}, {source.split} row {n}") for n, row in enumerate(rows, 1))
 
 
-def _files(path: Path, split: str) -> list[Path]:
-    """The data files of a path, in the order of their names."""
-    if path.is_file():
-        if path.suffix not in FILE_SUFFIXES:
-            raise ValueError(f"{path} must be a data file ({', '.join(FILE_SUFFIXES)}), got suffix {path.suffix!r}")
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
-    if not files:
-        raise ValueError(
-            f"{path} holds no data file ({', '.join(FILE_SUFFIXES)}); subfolders are not searched: name one"
-        )
-    # A folder that names its splits must not leak its test files into training.
-    splits = {file: _SPLIT_WORDS & set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
-    if not any(splits.values()):
-        return files
-    chosen = [file for file in files if split in splits[file]]
-    if not chosen:
-        found = ", ".join(file.name for file in files)
-        raise ValueError(f"{path} holds no file of the split {split!r}: found {found}; set split, or name one file")
-    return chosen
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                columns = json.loads(line.rstrip())
-            except ValueError as error:  # also UnicodeDecodeError
-                cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{where}: not valid JSON ({cause}); it begins {line[:60]!r}") from error
-            yield Row(_mapping(columns, where), where)
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        hint = "; one object a line? then name the file .jsonl" if "Extra data" in str(error) else ""
-        raise ValueError(f"{path}: not valid JSON ({error}){hint}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a JSON array of objects, got {type(rows).__name__}")
-    for number, columns in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        yield Row(_mapping(columns, where), where)
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _saved_dataset(path: Path, split: str) -> Any:
+    """What `save_to_disk` of `datasets` wrote; of several splits the one that is asked for."""
+    import datasets
     from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for columns in batch.to_pylist():
-            number += 1
-            yield Row(columns, f"{path}, row {number}")
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-
-
-def _mapping(columns: Any, where: str) -> dict[str, Any]:
-    if not isinstance(columns, dict):
-        raise ValueError(f"{where}: a row must be a JSON object with named columns, got {type(columns).__name__}")
-    return columns
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, ArrowException) as error:
+        raise ValueError(f"{path}: not a readable folder of save_to_disk ({error})") from error
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved.with_format(None)
+    if split not in saved:
+        raise ValueError(f"{path} has no split {split!r}: there are {', '.join(saved)}; set split")
+    return saved[split].with_format(None)
 
 
 @lru_cache(maxsize=4)
 def _hub_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
     """A `datasets` data set; kept, because its fingerprint is asked for before its rows."""
-    looks_local = path.endswith(FILE_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = (
+        path.lower().endswith((*FILE_SUFFIXES, *COMPRESSION)) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    )
     if looks_local:
         raise ValueError(f"{path}: no such file or folder (looked in {Path.cwd()})")
     import datasets

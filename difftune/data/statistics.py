@@ -1,6 +1,6 @@
 """What is in the data, counted before training."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,10 @@ class DataStatistics:
     """Kept rows that are long, copies included. None: no upsampling."""
     long_tokens: int | None = None
     """Their tokens."""
+    first_bad: dict[str, str] = field(default_factory=dict)
+    """Of each reason for which bad rows were dropped, the first row and what is wrong with it."""
+    further_turns: int = 0
+    """Documents beyond the first of their row: the chat template rewrites earlier turns, so each is one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file or a logger."""
@@ -58,6 +62,7 @@ class DataStatistics:
             *((f"  dropped: {reason}", f"{count:,}") for reason, count in sorted(self.dropped.items())),
             ("rows kept", f"{self.kept:,}"),
             *([("  of them truncated", f"{self.truncated:,}")] if self.truncated else []),
+            *([("  of them further turns of a row", f"{self.further_turns:,}")] if self.further_turns else []),
             *([("  of them copies", f"{self.repeated:,}")] if self.long_rows is not None else []),
             ("tokens", f"{self.tokens:,}"),
             ("  of them learned", f"{self.label_tokens:,} ({share:.1%})"),
@@ -69,7 +74,8 @@ class DataStatistics:
             ("padding", f"{self.padding_fraction:.1%}"),
         ]
         width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+        counts = [f"{name:<{width}}  {value}" for name, value in lines]
+        return "\n".join([*counts, *(f"first {reason}: {text}" for reason, text in sorted(self.first_bad.items()))])
 
     def _long_lines(self) -> list[tuple[str, str]]:
         if self.long_rows is None or self.long_tokens is None:
@@ -121,6 +127,8 @@ def count_corpus(
         seq_len=corpus.seq_len,
         complete=complete,
         repeated=corpus.repeats,
+        first_bad=dict(corpus.counts.first_bad),
+        further_turns=corpus.further_turns,
         long_rows=None if min_long is None else int((corpus.lengths >= min_long).sum()),
         long_tokens=None if min_long is None else int(corpus.lengths[corpus.lengths >= min_long].sum()),
     )

@@ -26,6 +26,8 @@ from typing import Any
 
 from difftune.data.needles import draw_needles
 
+_MAX_TERMS = 1000
+_MAX_OPERAND = 10**12
 LEVELS: dict[int, dict[str, Any]] = {
     1: {"terms": (2, 2), "operands": (1, 9), "operators": "+-"},
     2: {"terms": (2, 3), "operands": (1, 20), "operators": "+-"},
@@ -188,11 +190,11 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         known = ", ".join(["count", "seed", "level", *settings])
         raise ValueError(f"unknown options {unknown} of synthetic:arithmetic: choose from {known}")
     settings.update(options)
-    for name, low in (("terms", 2), ("operands", 0)):
+    for name, low, high in (("terms", 2, _MAX_TERMS), ("operands", 0, _MAX_OPERAND)):
         pair = settings[name]
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"{name} of synthetic:arithmetic must be [lowest, highest], got {pair!r}")
-        settings[name] = tuple(_whole_number(name, bound, low=low) for bound in pair)
+        settings[name] = tuple(_whole_number(name, bound, low=low, high=high) for bound in pair)
         if settings[name][0] > settings[name][1]:
             raise ValueError(f"{name} of synthetic:arithmetic must be [lowest, highest], got {list(pair)}")
     operators = settings["operators"]
@@ -201,9 +203,11 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _whole_number(name: str, value: Any, *, low: int) -> int:
+def _whole_number(name: str, value: Any, *, low: int, high: int = 10**12) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} of a synthetic source must be a whole number, at least {low}, got {value!r}")
+    if value > high:
+        raise ValueError(f"{name} of a synthetic source must be at most {high}, got {value!r}")
     return value
 
 

@@ -52,7 +52,7 @@ def load_texts(
     if file.is_dir():
         plain = sorted(file.glob("*.txt"))
     if plain:
-        texts = [path.read_text(encoding="utf-8") for path in plain[:limit]]
+        texts = [_read_text(path) for path in plain[:limit]]
     else:
         texts = []
         for row in read_rows(Source(path=path, split=split, name=name, limit=limit)):
@@ -66,6 +66,13 @@ def load_texts(
     if not texts:
         raise ValueError(f"{path} has no text")
     return texts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error}): save it as UTF-8") from error
 
 
 def join_texts(texts: list[str], characters: int) -> list[str]:

@@ -80,7 +80,7 @@ def load_tokenized(
 
 def cache_entry(source: Source, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
     """The folder in which a tokenised source is, or would be."""
-    settings = json.dumps([source.format, source.answer_only])
+    settings = json.dumps([source.format, source.answer_only, source.bad_rows])
     parts = [_code_fingerprint(), fingerprint(source), tokenizer_fingerprint(tokenizer), settings]
     return cache_dir / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -96,7 +96,7 @@ def open_entry(entry: Path, source: str) -> TokenizedSet | None:
         return None
     try:
         meta = json.loads((entry / "meta.json").read_bytes())
-        counts = Counts(meta["rows_read"], Counter(meta["dropped"]), meta["unknown_tokens"])
+        counts = Counts(meta["rows_read"], Counter(meta["dropped"]), meta["unknown_tokens"], meta["first_bad"])
         arrays: dict[str, Any] = {
             name: map_array(entry / f"{name}.bin", dtype, meta["sizes"][name], scattered=name in OF_TOKENS)
             for name, dtype in ARRAYS.items()
@@ -178,7 +178,12 @@ def _build_entry(
     building = entry.with_name(f"{entry.name}.building")
     files = AppendedArrays(building, list(ARRAYS))
     rows, tokens, documents = (files.state.get(name, 0) for name in ("rows", "tokens", "documents"))
-    counts = Counts(rows, Counter(files.state.get("dropped", {})), files.state.get("unknown_tokens", 0))
+    counts = Counts(
+        rows,
+        Counter(files.state.get("dropped", {})),
+        files.state.get("unknown_tokens", 0),
+        files.state.get("first_bad", {}),
+    )
     content = files.state.get("content", "")
     if rows:
         log.info("%s: going on after %d rows that were tokenised before", source.path, rows)
@@ -194,7 +199,8 @@ def _build_entry(
             content = digest.hexdigest()
             counts, tokens, documents = counts + piece.counts, tokens + len(piece.ids), documents + len(piece)
             done = {"rows": counts.rows_read, "tokens": tokens, "documents": documents, "content": content}
-            files.note({**done, "dropped": counts.dropped, "unknown_tokens": counts.unknown_tokens})
+            found = {name: getattr(counts, name) for name in ("dropped", "unknown_tokens", "first_bad")}
+            files.note({**done, **found})
             if progress is not None:
                 progress(counts.rows_read, tokens)
         if not counts.rows_read:
@@ -212,6 +218,7 @@ def _build_entry(
         "rows_read": counts.rows_read,
         "dropped": dict(counts.dropped),
         "unknown_tokens": counts.unknown_tokens,
+        "first_bad": counts.first_bad,
         "content": content,
     }
     finish(building, entry, meta)
@@ -281,6 +288,7 @@ def _join(pieces: list[TokenizedSet], source: Source) -> TokenizedSet:
 def _code_fingerprint() -> str:
     """A hash of the modules that decide what a row becomes: a change to them outdates old entries."""
     digest = hashlib.sha256()
-    for name in ("sources", "synthetic", "formats", "chat", "tokenized", "token_cache"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    rooms = "files readers rows bad_rows sources synthetic formats chat turns tokenized token_cache ../rendering"
+    for name in rooms.split():
+        digest.update(Path(__file__).parent.joinpath(f"{name}.py").read_bytes())
     return digest.hexdigest()

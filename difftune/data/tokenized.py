@@ -9,10 +9,12 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from difftune.data.bad_rows import read_row, refuse_or_drop
 from difftune.data.chat import Encoded, TeacherRows, encode_examples
-from difftune.data.formats import Dropped, Example, Format, read_example, resolve_format
+from difftune.data.formats import Dropped, Example, Format, resolve_format
 from difftune.data.mapped import part
-from difftune.data.sources import Row, Source, read_rows
+from difftune.data.rows import BadRow, Row
+from difftune.data.sources import Source, read_rows
 
 PIECE_ROWS = 512
 ARRAYS = {
@@ -38,12 +40,21 @@ class Counts:
     """Rows by the reason for which they are not learned."""
     unknown_tokens: int = 0
     """Tokens that are the tokenizer's unknown token: text that the model cannot see."""
+    first_bad: dict[str, str] = field(default_factory=dict)
+    """Of each reason for which bad rows are dropped, the first row: where it is and what is wrong with it."""
+
+    def drop(self, dropped: Dropped) -> None:
+        """Count a row that is not learned."""
+        self.dropped[dropped.reason] += 1
+        if dropped.first is not None:
+            self.first_bad.setdefault(dropped.reason, dropped.first)
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             self.rows_read + other.rows_read,
             self.dropped + other.dropped,
             self.unknown_tokens + other.unknown_tokens,
+            other.first_bad | self.first_bad,
         )
 
 
@@ -75,7 +86,7 @@ class TokenizedSet:
     offsets: np.ndarray
     """int64, shape [documents + 1]: where each document begins."""
     questions: np.ndarray
-    """uint64, shape [documents]: `question_key` of each document's last user turn."""
+    """uint64, shape [documents]: `question_key` of the user turn before each document's last answer."""
     row_numbers: np.ndarray
     """int64, shape [documents]: the row of the source, from 1, that each document was."""
     label_counts: np.ndarray
@@ -113,7 +124,8 @@ class Piece:
     rows: list[Row]
     start: int
     """Number of the first of them in the source, from 1."""
-    row_format: Format
+    row_format: Format | None
+    """None: no row up to here can be read."""
 
     def tokenize(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> TokenizedSet:
         """What its rows become; a function of the piece alone."""
@@ -128,12 +140,12 @@ def read_pieces(source: Source, *, streaming: bool = False, skip_rows: int = 0) 
         streaming: As in `read_rows`.
         skip_rows: Leave out the first so many, a multiple of a piece.
     """
-    rows = read_rows(source, streaming=streaming)
+    rows = read_rows(source, streaming=streaming, keep_bad=True)
     row_format: Format | None = None
     start = 1
     while part := list(islice(rows, PIECE_ROWS)):
-        if row_format is None:
-            row_format = resolve_format(source.format, part[0].columns, part[0].where)
+        if row_format is None and (first := next((row for row in part if row.bad is None), None)):
+            row_format = resolve_format(source.format, first.columns, first.where)
         if start > skip_rows:
             yield Piece(part, start, row_format)
         start += len(part)
@@ -148,17 +160,22 @@ def tokenize_pieces(
 
 
 def _tokenize(
-    rows: Sequence[Row], start: int, source: Source, row_format: Format, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row], start: int, source: Source, row_format: Format | None, tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedSet:
     counts = Counts(rows_read=len(rows))
     kept: list[tuple[int, Row, Example]] = []
     for number, row in enumerate(rows, start):
-        example = read_example(row_format, row.columns, row.where, answer_only=source.answer_only)
+        example = read_row(row, row_format, source)
         if isinstance(example, Dropped):
-            counts.dropped[example.reason] += 1
+            counts.drop(example)
         else:
             kept.append((number, row, example))
-    documents = encode_examples(tokenizer, [example for _, _, example in kept], [row.where for _, row, _ in kept])
+    try:
+        documents = _encode(kept, tokenizer)
+    except ValueError:
+        # One row or several cannot be encoded; which, only each alone can say.
+        kept = [one for one in kept if not _dropped(one, source, tokenizer, counts)]
+        documents = _encode(kept, tokenizer)
     ids = np.concatenate([np.empty(0, np.int32), *(document.ids for document in documents)])
     if tokenizer.unk_token_id is not None:
         counts.unknown_tokens = int(np.count_nonzero(ids == tokenizer.unk_token_id))
@@ -167,14 +184,31 @@ def _tokenize(
         ids=ids,
         learned=np.concatenate([np.empty(0, np.bool_), *(document.learned for document in documents)]),
         offsets=np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64),
-        questions=np.asarray([_question(example) for _, _, example in kept], dtype=np.uint64),
-        row_numbers=np.asarray([number for number, _, _ in kept], dtype=np.int64),
+        questions=np.asarray([_question(kept[one.example][2], one.turn) for one in documents], dtype=np.uint64),
+        row_numbers=np.asarray([kept[one.example][0] for one in documents], dtype=np.int64),
         label_counts=np.asarray([np.count_nonzero(document.learned) for document in documents], dtype=np.int64),
         last_ids=np.asarray([document.ids[-1] for document in documents], dtype=np.int32),
         counts=counts,
     )
 
 
-def _question(example: Example) -> int:
-    asked = [message["content"] for message in example.messages if message["role"] == "user"]
+def _encode(rows: list[tuple[int, Row, Example]], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    return encode_examples(tokenizer, [example for _, _, example in rows], [row.where for _, row, _ in rows])
+
+
+def _dropped(one: tuple[int, Row, Example], source: Source, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> bool:
+    """Whether a row cannot be encoded and is dropped, which is counted; other faults than of the row are raised."""
+    where = f"{one[1].where}: "
+    try:
+        _encode([one], tokenizer)
+    except ValueError as error:
+        if not str(error).startswith(where):
+            raise
+        counts.drop(refuse_or_drop(BadRow(one[1].where, str(error).removeprefix(where)), source))
+        return True
+    return False
+
+
+def _question(example: Example, turn: int | None) -> int:
+    asked = [message["content"] for message in example.messages[:turn] if message["role"] == "user"]
     return question_key(asked[-1] if asked else example.text or "")

@@ -8,6 +8,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from difftune.rendering import choose_template, fix_date, reads_clock
+from difftune.rendering import template_date as date_of
+
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
 """Ids 0 to 5 of both built-in tokenizers."""
 
@@ -19,14 +22,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def build_tokenizer(
+    name: str, *, chat_template: str | None = None, template_date: str | None = None
+) -> PreTrainedTokenizerBase:
     """Build or load a tokenizer that is ready for training: it has an end-of-text and a padding token.
 
     Args:
         name: "digits": every printable ASCII character and the newline is a token (102 in all); other
             characters are an error when they are met. "bytes": every byte of the UTF-8 text is a token (262
             in all), so any text fits. Else a folder or hub id for `AutoTokenizer`.
-        chat_template: Jinja text that replaces the tokenizer's own chat template. None: keep it.
+        chat_template: Takes the place of the tokenizer's own: a file, Jinja text, or the name of one of the
+            tokenizer's templates. None: keep its own.
+        template_date: ISO date for a template that reads the clock. None: the one saved with the tokenizer, else today.
 
     Returns:
         A tokenizer with `eos_token` and `pad_token`. A loaded one without a padding token pads with its
@@ -34,7 +41,7 @@ def build_tokenizer(name: str, *, chat_template: str | None = None) -> PreTraine
         from the padding id.
 
     Raises:
-        ValueError: If nothing loads under that name, or what loads has no end-of-text token.
+        ValueError: If nothing loads under that name, what loads has no end-of-text token, or there is no such template.
     """
     tokenizer: PreTrainedTokenizerBase
     if name == "digits":
@@ -44,7 +51,8 @@ def build_tokenizer(name: str, *, chat_template: str | None = None) -> PreTraine
     else:
         tokenizer = _load(name)
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
+        choose_template(tokenizer, chat_template)
+    fix_date(tokenizer, template_date)
     return tokenizer
 
 
@@ -56,7 +64,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides the token ids of a chat: vocabulary, rules, special tokens, chat template."""
+    """A hash of what decides the token ids of a chat: vocabulary, rules, special tokens, chat template and its date."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
@@ -65,7 +73,27 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     content = [rules, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if reads_clock(tokenizer):
+        content.append(date_of(tokenizer).isoformat())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Check that a model has a row for every token of its tokenizer.
+
+    Args:
+        tokenizer: The model's.
+        rows: Of its embedding.
+
+    Raises:
+        ValueError: If a token has no row; with both numbers.
+    """
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed > rows:
+        raise ValueError(
+            f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: "
+            "use the model's own tokenizer (leave out tokenizer), or set model.vocab_size for a fresh model"
+        )
 
 
 def require_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
@@ -125,7 +153,7 @@ def _finish(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def _load(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself, transformers whatever a file causes
         where = "it is a folder without a tokenizer" if Path(name).is_dir() else "no such folder"
         raise ValueError(
             f"tokenizer {name!r} could not be loaded: choose digits, bytes, a folder with tokenizer files or "

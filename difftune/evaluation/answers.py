@@ -1,48 +1,97 @@
-r"""Where the final answer stands in a text, and how it is spelled for the comparison.
+# ruff: noqa: RUF001
+r"""Where the final answer stands in a text.
 
-The rules, the first that finds something wins:
+What a chat template or a reasoning model puts around an answer is passed over first: the text is that after the
+thoughts (``</think>``, OpenThoughts' marks), before the end of the turn (``<|im_end|>``, ``</s>``) and, where there is
+one, that in the last ``<answer>``. Then the rules, the first that finds something wins:
 
 1. ``boxed``: the last complete ``\boxed{...}``. Boxes joined by nothing but a comma, ``and`` or ``or`` are one
    answer in parts. A box left open by the end of the text does not count.
 2. ``hash``: what stands after the last ``####`` of a line (GSM8K's form), if it begins like a number or a formula, or
    if the line ends the text; so Markdown headings do not count.
-3. ``phrase``: what follows the last "answer is", "answer:" or "answer =", to the end of the sentence.
+3. ``phrase``: what follows "answer is", "answer:" or a heading "Answer", also in other languages, to the end of the
+   sentence or to an explanation; in the next line where this one ends. The last of them that is more than a remark:
+   "I hope this answer is clear" does not replace an answer.
 4. ``whole``: the text itself, if it is one short line, as a model trained on answers alone writes it.
 5. ``tail``: the end of the text, in which math-verify then looks for the last number or formula.
 
-Where a reasoning model closes its thoughts (``</think>`` or OpenThoughts' marks), only what comes after is looked at.
+`normalise` gives an answer in one spelling; how it is compared is in `difftune.evaluation.answer_forms`.
 """
 
 import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from difftune.evaluation.answer_forms import is_formula, is_words
+from difftune.evaluation.answer_text import (
+    CJK,
+    plain_digits,
+    plain_spaces,
+    plain_unicode,
+    until_turn_end,
+    without_currency,
+    without_markdown,
+)
+
 _END_OF_THOUGHT = re.compile(r"</think>|<\|end_of_thought\|>|<\|begin_of_solution\|>")
-_END_OF_SOLUTION = "<|end_of_solution|>"
+_TAGGED = re.compile(r"[<\[](final_?answer|answer)[>\]](.*?)(?:[<\[]/\1[>\]]|$)", re.IGNORECASE | re.DOTALL)
 # Escaped braces are consumed, so that only those that group are counted.
 _BRACES = re.compile(r"\\\\|\\[{}]|(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<open>\{)|(?P<close>\})")
 _JOINT = re.compile(r"(?:[\s$&]|\\[,;:! ()\[\]]|\\q?quad|\\text\{[^{}]*\}|,|;|\band\b|\bor\b)*")
 _CONNECTIVE = re.compile(r",(?!\\)|;|\band\b|\bor\b")
 _BEGINS_LIKE_MATHS = re.compile(r"[-+\u2212.(\[\d$\\]")
-_PHRASE = re.compile(r"(?i)\banswer\b[^\n:=]{0,40}?(?:\bis\b\s*:?|[:=])[*_\s]*")
-_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)\.\s+(?=[A-Z])")
+_COPULA = (
+    r"(?:\b(?:is|would be|should be|must be|equals|comes to)\b"
+    r"(?:\s+(?:therefore|thus|then|hence|indeed|just))*\s*:?|[:=\uff1a])"
+)
+_OTHER_NOUNS = (
+    rf"(?:最终|正确)?答案|答え|正解|정답|답|(?<![{CJK}])答(?=[:：])|\b(?:Antwort|Lösung|Ergebnis|réponse|"
+    r"respuesta|resposta|risposta|odpowiedź|cevap)\b|\bответ\b"
+)
+_OTHER_COPULAS = r"(?:\b(?:ist|lautet|beträgt|est|es|è|é|to)\b\s*:?|[是为為はは은는](?:[:：])?|[:=：—])"
+_PHRASE = re.compile(
+    rf"\banswer\b[^\n:=：]{{0,40}}?{_COPULA}|\b(?:correct|right) (?:option|choice)\b[^\n:=]{{0,20}}?{_COPULA}"
+    rf"|\bfinal (?:result|solution)\b[^\n:=]{{0,20}}?{_COPULA}"
+    rf"|^[\s#*_>-]*(?:the\s+)?(?:final\s+)?answer[*_\s:.]*$"
+    rf"|(?:{_OTHER_NOUNS})[^\n:=：。]{{0,20}}?{_OTHER_COPULAS}|[故应所以]+选(?:[择项]|\s|[:：])*",
+    re.IGNORECASE | re.MULTILINE,
+)
+# What stands before "answer" in a remark about it, and what is said of an answer without giving it.
+_REMARK_BEFORE = re.compile(r"(?i)\b(?:this|hope|whether|if|because|since|note|please|know)\b[^.\n]*$")
+_REMARK = re.compile(
+    r"(?i)(?:\w+ed (?:to|by|from|on|with|in|as|using)\b|\w+ly (?!-?\d)\w|always|never|also|that|the|what|correct|right"
+    r"|wrong|incorrect|clear|final|helpful|simple|obtained|based|only|an?\b|in\b|not\b|given\b|found\b|shown\b"
+    r"|below|above|as follows)"
+)
+_SENTENCE_END = re.compile(
+    r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bRs)\.\s+(?=[A-Z*_#\"'(])|(?<=[\d)}$*])\.\s+(?=[a-z])|[.!?]\s*$"
+    r"|[!?]\s+(?=[A-Z])|[。！？]|(?<=[a-z])[!?]"
+)
+_EXPLANATION = re.compile(
+    r"(?i)\s*(?:[,;(–—-]\s*)*\b"
+    r"(?:because|since|which|where|due to|so that|i\.e\.|e\.g\.|that is|meaning|given that)(?=[\s,]).*"
+    r"|\s*[,;(]\s*(?:as|so|not|hence|for|thus|and that|but|namely|or equivalently)\s.*"
+    r"|;\s+[a-z]+ [a-z]+.*|\s+[-–—]\s+[a-z]{2,} [a-z]+.*"
+    r"|(?<=\d)\s*[(]\s*[a-z]+ [a-z]+[^()]*\)$",
+    re.DOTALL,
+)
+_RULE = re.compile(r"^[\s>*_`=~-]*$")
+_DISPLAY = re.compile(r"\s*(\$\$|\\\[|\$)(.*?)(?:\$\$|\\\]|\$)", re.DOTALL)
+_ENDING = re.compile(r"\s*(?:です|である|입니다|이다|だ)$")
 _MOST_LINES = 30
 _LONGEST_PHRASE = 100
+_LONGEST_FORMULA = 1000
 _LONGEST_WHOLE = 200
 _TAIL = 2000
 
-_WRAPPERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-_DELIMITERS = ("$", r"\(", r"\[")
+_LONGEST_ANSWER = 2000
+
+_WRAPPERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ('"', '"'))
+# \text{5 apples} is five apples; \text{The answer is } 5 is five.
+_TEXT_AROUND = re.compile(r"^\\text\s*\{([^{}]*\d[^{}]*)\}$")
+_SAID_IN_TEXT = re.compile(r"^\\text\s*\{[^{}]*\b(?:is|are|be)[\s:]*\}\s*(?=\S)")
 _NUMBER = re.compile(r"(-?)\s?(\d+(?:\.\d+)?|[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\.\d+)", re.ASCII)
 _SPACED_NUMBER = re.compile(r"-?[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?", re.ASCII)
-_QUANTITY = re.compile(r"([+-]?\s?\d[\d.,/]*)\s+([A-Za-z][A-Za-z .'-]*)", re.ASCII)
-_COMMAND = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{3,}")
-# A number before one of these is not the whole answer.
-_NOT_A_UNIT = re.compile(
-    r"(?i)(and|or|times|plus|minus|over|divided|hundred|thousand|million|billion|trillion|dozen|percent)\b"
-)
-_FUNCTIONS = re.compile(r"(?i)sin|cos|tan|cot|sec|csc|log|exp|sqrt|max|min|gcd|lcm|mod|det")
 
 
 @dataclass(frozen=True)
@@ -62,11 +111,13 @@ def find_answer(text: str) -> Answer | None:
         >>> find_answer(r"First \boxed{3}. No, it is \boxed{4}.")
         Answer(text='4', rule='boxed')
     """
-    text = _after_thoughts(text).strip()
+    text = until_turn_end(_after_thoughts(text)).strip()
+    tagged = [match[2] for match in _TAGGED.finditer(text) if match[2].strip()]
+    text = tagged[-1].strip() if tagged else text
     if not text:
         return None
     if (boxed := _last_box(text)) is not None:
-        return Answer(boxed, "boxed")
+        return Answer(_after_phrase(boxed) or boxed, "boxed")
     if (hashed := _after_hash(text)) is not None:
         return Answer(hashed, "hash")
     if (phrase := _after_phrase(text)) is not None:
@@ -77,21 +128,26 @@ def find_answer(text: str) -> Answer | None:
 
 
 def normalise(answer: str) -> str:
-    """An answer without what does not belong to it: white space, emphasis, maths delimiters, currency, a full stop."""
-    answer = answer.replace("\u2212", "-").strip()
+    """An answer in one spelling, without what is no part of it: emphasis, maths delimiters, currency, a full stop."""
+    answer = answer.strip()
+    if len(answer) > _LONGEST_ANSWER:
+        return answer
+    answer = plain_spaces(plain_digits(plain_unicode(answer))).strip()
     before = None
     while answer != before:
         before = answer
-        if answer.endswith(".") and not answer.endswith((r"\right.", "..")):
+        answer = without_markdown(answer)
+        if answer.endswith((".", ":")) and not answer.endswith((r"\right.", "..", r"\:")):
             answer = answer[:-1].rstrip()
         for left, right in _WRAPPERS:
             inner = answer[len(left) : len(answer) - len(right)]
-            if answer.startswith(left) and answer.endswith(right) and inner.strip() and left not in inner:
+            inside = inner.replace(r"\$", "")
+            if answer.startswith(left) and answer.endswith(right) and inner.strip() and left not in inside:
                 answer = inner.strip()
-        answer = re.sub(r"(?<=\d,)\\!(?=\d{3})", "", answer)  # MATH writes 15,\!000, close together
-        answer = re.sub(r"^(-?)\\?\$(?=\s?[\d.][\d,.]*$)", r"\1", answer).strip()
+        answer = _TEXT_AROUND.sub(r"\1", _SAID_IN_TEXT.sub("", without_currency(answer)))
+    answer = _ENDING.sub("", answer)
     answer = re.sub(r"^\+\s?(?=[\d.])", "", answer)  # math-verify reads "+1,000" as a pair of numbers
-    return answer.replace(" ", "") if _SPACED_NUMBER.fullmatch(answer) else answer
+    return answer.replace(" ", "") if _SPACED_NUMBER.fullmatch(answer) else plain_digits(answer)
 
 
 def plain_number(answer: str) -> Decimal | None:
@@ -105,41 +161,12 @@ def plain_number(answer: str) -> Decimal | None:
     return Decimal(match[1] + match[2].replace(",", "")) if match else None
 
 
-def is_words(answer: str) -> bool:
-    """Whether an answer is language: words, and no digit or formula."""
-    return bool(_words(answer)) and not re.search(r"[\d\\$^_=]", answer)
-
-
 def may_hold_maths(text: str) -> bool:
     """Whether a text has anything in it that math-verify could read as a number or a formula."""
-    return any(character.isdigit() or character in "\\$" for character in text)
-
-
-def math_form(answer: Answer) -> str:
-    r"""The answer as a text in which math-verify finds it and nothing else.
-
-    A formula goes into a ``\boxed{}``, words into ``\boxed{\text{}}`` (else ``yes`` would be y times e times s), a
-    number with a unit into ``\boxed{5\text{ apples}}``. A sentence stays a sentence.
-    """
-    text = answer.text if answer.rule == "tail" else normalise(answer.text)
-    if answer.rule == "tail" or any(mark in text for mark in _DELIMITERS):
-        return text
-    if is_words(text):
-        return rf"\boxed{{\text{{{text}}}}}"
-    quantity = _QUANTITY.fullmatch(text)
-    if quantity and _words(quantity[2]) and not _NOT_A_UNIT.match(quantity[2]):
-        return rf"\boxed{{{quantity[1]}\text{{ {quantity[2]}}}}}"
-    if answer.rule in ("phrase", "whole") and _words(text):
-        return f"The final answer is {text}" if answer.rule == "phrase" else text
-    return rf"\boxed{{{text}}}"
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in _WORD.findall(_COMMAND.sub(" ", text)) if not _FUNCTIONS.fullmatch(word)]
+    return any(character.isnumeric() or character in "\\$√πθ∞∅" for character in text)
 
 
 def _after_thoughts(text: str) -> str:
-    text = text.split(_END_OF_SOLUTION, 1)[0]
     ends = list(_END_OF_THOUGHT.finditer(text))
     after = text[ends[-1].end() :] if ends else ""
     return after if after.strip() else text
@@ -192,13 +219,38 @@ def _is_open(formula: str) -> bool:
 
 
 def _after_phrase(text: str) -> str | None:
-    markers = list(_PHRASE.finditer(text))
-    for marker in reversed(markers):
-        line = text[marker.end() :].split("\n", 1)[0]
-        answer = normalise(_SENTENCE_END.split(line, maxsplit=1)[0])
-        if answer and len(answer) <= _LONGEST_PHRASE:
+    """What follows the last phrase that gives an answer; that of the last remark about it where no other does."""
+    remark = None
+    for marker in reversed(list(_PHRASE.finditer(text))):
+        answer = _candidate(text, marker.end())
+        if not answer or len(answer) > (_LONGEST_FORMULA if is_formula(answer) else _LONGEST_PHRASE):
+            continue
+        line = text[text.rfind("\n", 0, marker.start()) + 1 : marker.start()][-_LONGEST_PHRASE:]
+        if _REMARK.match(answer) or (_REMARK_BEFORE.search(line) and is_words(answer)):
+            remark = remark or answer
+        else:
             return answer
-    return None
+    return remark
+
+
+def _candidate(text: str, place: int) -> str:
+    """The answer that begins at a place of a text: to the end of the sentence, in the next line where this one ends."""
+    lines = text[place : place + _TAIL].split("\n")
+    number = next((number for number, line in enumerate(lines[:_MOST_LINES]) if not _RULE.match(line)), None)
+    if number is None:
+        return ""
+    if number > 0 and lines[number].lstrip().startswith("#"):
+        return ""
+    rest = "\n".join(lines[number:]).lstrip("*_ \t")
+    if number > 0:
+        rest = re.sub(r"^[-+\u2022] (?=\S)", "", rest)  # the only item of a list
+    display = _DISPLAY.match(rest)
+    if display and display[1] != "$":
+        return normalise(display[2].strip())
+    line = without_markdown(rest.split("\n", 1)[0])
+    sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
+    shorter = _EXPLANATION.sub("", sentence).rstrip(" ,;(")
+    return normalise(shorter or sentence)
 
 
 def _tail(text: str) -> str:

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.evaluation.attention_calls import AttentionCall, attention_calls
 from difftune.evaluation.task import Clock, ItemTask, without_nan
 from difftune.ops.reference import difference_map, reference_maps, reference_softmax_maps
+from difftune.rendering import render_chat
 
 PAPER = {
     "softmax": {"answer": (0.03, 0.03, 0.03, 0.07, 0.09), "noise": (0.51, 0.54, 0.52, 0.49, 0.49)},
@@ -248,12 +249,12 @@ def locate(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> tuple[list[int],
     """
     if probe.context.count(probe.needle) != 1 or probe.needle.count(probe.value) != 1:
         raise ValueError(f"{probe.needle!r} with {probe.value!r} must stand in the context exactly once")
-    if tokenizer.chat_template is None or not tokenizer.is_fast:
-        raise ValueError("attention_noise needs a fast tokenizer (tokenizer.json) with a chat template")
+    if not tokenizer.is_fast:
+        raise ValueError("attention_noise needs a fast tokenizer (tokenizer.json)")
     messages = [{"role": "user", "content": f"{probe.context}\n{probe.query}"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    text += probe.lead
+    text = render_chat(tokenizer, messages, add_generation_prompt=True) + probe.lead
+    if text.count(probe.context) != 1:
+        raise ValueError("the chat template changes the text that attention_noise asks about: give it another template")
     begin = text.index(probe.context)
     needle = begin + probe.context.index(probe.needle)
     value = needle + probe.needle.index(probe.value)

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from difftune.rendering import plain_ids, text_ids
+
 ORDERS = ("random", "alternating")
 
 
@@ -114,10 +116,10 @@ class Template:
     def demonstrations(self, examples: Sequence[Labelled]) -> list[int]:
         """Tokens of demonstrations, with the special tokens that the tokenizer puts at the beginning."""
         first = f"{self.text_prefix} {examples[0].text}\n{self.label_prefix}"
-        ids = [*self.tokenizer(first)["input_ids"], *self.label(examples[0].label)]
+        ids = [*text_ids(self.tokenizer, first), *self.label(examples[0].label)]
         for example in examples[1:]:
             ids += [*self.query(example.text), *self.label(example.label)]
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return plain_ids(self.tokenizer, text)

@@ -24,6 +24,8 @@ from difftune.evaluation.sampling import OwnDraws, row_seed
 from difftune.modeling import DiffTransformerConfig
 from difftune.modeling.cache import build_cache
 from difftune.modeling.compat import CACHE
+from difftune.modeling.special_tokens import end_ids
+from difftune.rendering import text_ids
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +61,21 @@ def generate_texts(
     should_stop: Callable[[], bool] | None = None,
     deadline: float | None = None,
 ) -> list[Generation]:
-    """Continue each prompt until the end-of-text token, a stop string or `max_new_tokens`.
+    """Continue each prompt until an end-of-text token, a stop string or `max_new_tokens`.
+
+    What ends a text is the tokenizer's end-of-text token and every one of the model's generation config.
 
     Prompts of similar length share a batch, padded on the left, with a KV cache. The batches come in a random order
     that `seed` fixes, so what is done when the time is over is not just the short prompts. Neither greedy texts nor
     samples depend on the batch size but for rounding: each text draws its own numbers, from `seed` and its number.
 
     Nothing outlasts the call: training or evaluation mode of each module, random state and generation config of the
-    model are what they were. The model's own generation config (a repetition penalty, say) is not used.
+    model are what they were. Nothing else of the model's own generation config (a repetition penalty, say) is used.
 
     Args:
         model: A causal language model of transformers' kind.
-        tokenizer: Its tokenizer, with an end-of-text token.
-        prompts: Texts (tokenised as the tokenizer does by default) or token ids, none of them empty.
+        tokenizer: Its tokenizer.
+        prompts: Texts (beginning as the tokenizer begins one) or token ids, none of them empty.
         max_new_tokens: Longest continuation, in tokens.
         batch_size: Prompts a batch.
         temperature: 0 is greedy, above 0 samples.
@@ -86,14 +90,16 @@ def generate_texts(
         One generation a prompt, in the order of the prompts.
 
     Raises:
-        ValueError: If a number is out of range, a prompt is empty, or the tokenizer has no end-of-text token.
+        ValueError: If a number is out of range, a prompt is empty, or there is no end-of-text token.
     """
     _check(max_new_tokens, batch_size, temperature, top_p, stop)
-    if tokenizer.eos_token_id is None:
+    ends = end_ids(tokenizer, getattr(model, "generation_config", None))
+    if not ends:
         raise ValueError(
-            "the tokenizer has no eos_token: no text could end before max_new_tokens; set tokenizer.eos_token"
+            "neither tokenizer nor generation config has an eos token: no text could end before max_new_tokens; set "
+            "tokenizer.eos_token"
         )
-    ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    ids = [text_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if empty := [index for index, row in enumerate(ids) if not row]:
         raise ValueError(f"prompt {empty[0]} is empty ({len(empty)} such): a model needs a token to go on from")
     _warn_if_too_long(model, ids, max_new_tokens)
@@ -101,8 +107,8 @@ def generate_texts(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=_pad_id(tokenizer),
+        eos_token_id=ends,
+        pad_token_id=_pad_id(tokenizer, ends),
         use_cache=True,
     )
     criteria = StoppingCriteriaList([clock])
@@ -122,15 +128,14 @@ def generate_texts(
             if temperature > 0:
                 seeds = [row_seed(seed, numbers[index]) for index in batch]
                 draws = OwnDraws(seeds, max(map(len, rows_of_batch)), max_new_tokens, temperature, top_p)
-            rows = _generate_batch(model, tokenizer, rows_of_batch, settings, criteria, draws)
+            rows = _generate_batch(model, rows_of_batch, settings, criteria, draws)
             for index, row in zip(batch, rows, strict=True):
-                results[index] = _read(tokenizer, row, max_new_tokens, stop or (), clock.rang)
+                results[index] = _read(tokenizer, row, max_new_tokens, ends, stop or (), clock.rang)
     return results
 
 
 def _generate_batch(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     settings: GenerationConfig,
     criteria: StoppingCriteriaList,
@@ -138,7 +143,7 @@ def _generate_batch(
 ) -> list[list[int]]:
     """The new tokens of each prompt, with padding after those that ended early."""
     width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), _pad_id(tokenizer))
+    input_ids = torch.full((len(prompts), width), settings.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
@@ -160,15 +165,21 @@ def _generate_batch(
 
 
 def _read(
-    tokenizer: PreTrainedTokenizerBase, row: list[int], max_new_tokens: int, stop: Sequence[str], rang: bool
+    tokenizer: PreTrainedTokenizerBase,
+    row: list[int],
+    max_new_tokens: int,
+    ends: list[int],
+    stop: Sequence[str],
+    rang: bool,
 ) -> Generation:
-    """Turn a row of new tokens into text: up to the end-of-text token, or to the earliest stop string."""
-    ended = tokenizer.eos_token_id in row
-    if ended:
-        row = row[: row.index(tokenizer.eos_token_id) + 1]
+    """Turn a row of new tokens into text: up to the first token that ends it, or to the earliest stop string."""
+    end = next((at for at, token in enumerate(row) if token in ends), None)
+    ended = end is not None
+    if end is not None:
+        row = row[: end + 1]
     elif stop:
         # A row that met a stop string is padded while the others go on.
-        while row and row[-1] == _pad_id(tokenizer):
+        while row and row[-1] == _pad_id(tokenizer, ends):
             row = row[:-1]
     # Not every tokenizer counts its end-of-text token among the special ones.
     text = tokenizer.decode(row[:-1] if ended else row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -225,10 +236,10 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_id(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
     """Any id will do, as padding is masked; a tokenizer without one is no reason to refuse."""
     pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
+    return ends[0] if pad is None else pad
 
 
 def _check(max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stop: Sequence[str] | None) -> None:

@@ -13,6 +13,7 @@ math-verify would decide them; everything else goes to the worker, many pairs to
 
 import atexit
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,15 +28,18 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import IO
 
-from difftune.evaluation.answers import (
-    Answer,
-    find_answer,
+from difftune.evaluation.answer_forms import (
+    are_different_units,
+    choice_of,
+    clock_time,
     is_words,
     math_form,
-    may_hold_maths,
-    normalise,
-    plain_number,
+    percentage,
+    short_form,
+    split_unit,
+    words_of,
 )
+from difftune.evaluation.answers import Answer, find_answer, may_hold_maths, normalise, plain_number
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout", "killed")
 # math-verify rounds decimals to six places; nearer than this to one another, it decides.
@@ -125,7 +129,7 @@ class Grader:
             verdict = _quick_verdict(answer, gold)
             if verdict is None:
                 assert answer is not None
-                open_cases.append((index, (math_form(answer), _gold_form(gold))))
+                open_cases.append((index, _forms(answer, gold)))
             answers.append(answer.text if answer else None)
             verdicts.append(verdict or "")
         if open_cases:
@@ -240,14 +244,57 @@ def _quick_verdict(answer: Answer | None, gold: str) -> str | None:
     """The verdict where it needs no mathematics; None for the worker to decide."""
     if answer is None:
         return "unparsed"
-    right = normalise(gold)
+    right = normalise(_own_answer(gold))
+    given = _said(answer, right)
+    if _spelling(given) == _spelling(right):
+        return "correct"
+    letter, wanted = choice_of(given), choice_of(right)
+    if letter and wanted:
+        return "correct" if letter.letter == wanted.letter else "wrong"
+    times = clock_time(given), clock_time(right)
+    if all(times):
+        return "correct" if times[0] == times[1] else "wrong"
+    if (verdict := _compare_percentages(given, right)) is not None:
+        return verdict
+    said, meant = words_of(given), words_of(right)
+    if said is not None and said == meant:
+        return "correct"
     if answer.rule in ("whole", "tail") and not may_hold_maths(answer.text) and not is_words(right):
         # Babble, which math-verify would read as a product of one-letter variables, unless it is short.
         return "unparsed" if answer.rule == "tail" or is_words(answer.text) else None
+    if are_different_units(split_unit(given)[1], split_unit(right)[1]):
+        return "wrong"
+    return None
+
+
+def _said(answer: Answer, right: str) -> str:
+    """What a prediction says, in one spelling; of a choice with its text, the text where that is what is asked for."""
+    if answer.rule == "tail":
+        return answer.text
     given = normalise(answer.text)
-    if given == right:
-        return "correct"
-    return _compare_numbers(given, right)
+    if given != right:
+        given = short_form(given)
+    letter = choice_of(given)
+    if letter and letter.rest and choice_of(right) is None:
+        return normalise(letter.rest)
+    return given
+
+
+def _spelling(answer: str) -> str:
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer)
+
+
+def _compare_percentages(given: str, right: str) -> str | None:
+    """Verdict on two numbers of which any may be in percent: 28% is as good as 28 and 0.28, as math-verify has it."""
+    parts = percentage(given), percentage(right)
+    if (parts[0] is None) == (parts[1] is None):
+        return _compare_numbers(parts[0] or given, parts[1] or right)
+    share, other = (parts[0], right) if parts[0] is not None else (parts[1], given)
+    left, value = plain_number(share or ""), plain_number(other)
+    if left is None or value is None:
+        return None
+    verdicts = {_compare_numbers(f"{left:f}", f"{number:f}") for number in (value, value * 100)}
+    return "correct" if "correct" in verdicts else None if None in verdicts else "wrong"
 
 
 def _compare_numbers(given: str, right: str) -> str | None:
@@ -264,13 +311,20 @@ def _compare_numbers(given: str, right: str) -> str | None:
     return "wrong" if abs(left - other) >= _SURELY_DIFFERENT else None
 
 
+def _own_answer(gold: str) -> str:
+    """The answer of a gold text, which may be a solution that ends in ``####``."""
+    return gold.rsplit("####", 1)[1] if "####" in gold and gold.rsplit("####", 1)[1].strip() else gold
+
+
+def _forms(answer: Answer, gold: str) -> tuple[str, str]:
+    """Prediction and gold answer as math-verify shall read them."""
+    right = normalise(_own_answer(gold))
+    return math_form(_said(answer, right), answer.rule), _gold_form(gold)
+
+
 def _gold_form(gold: str) -> str:
-    """A gold answer as math-verify shall read it; one with marks of its own (boxes, dollars) is taken as it stands."""
-    if "\\boxed" in gold:
-        return gold
-    if "####" in gold:
-        gold = gold.rsplit("####", 1)[1]
-    return math_form(Answer(gold, "boxed"))
+    """A gold answer as math-verify shall read it; one with boxes of its own is taken as it stands."""
+    return gold if "\\boxed" in gold else math_form(normalise(_own_answer(gold)), "boxed")
 
 
 _shared: Grader | None = None

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from difftune.rendering import opening, plain_ids, render_chat, text_ids
+
 _NAMES = """
 Accra Adelaide Algiers Amman Antwerp Athens Baku Bangkok Bergen Berlin Bilbao Bogota Boston Brisbane Bristol
 Cairo Calgary Caracas Chennai Chicago Cologne Dakar Dallas Denver Dublin Durban Geneva Glasgow Hanoi Havana
@@ -132,16 +134,13 @@ class Haystack:
                 raise ValueError("the tokenizer has no chat template: set prompt=plain or prompt=completion")
             content = f"{_CONTEXT}\n\n{question(queried)} {_INSTRUCTION}"
             chat = [{"role": "user", "content": content}]
-            rendered = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            assert isinstance(rendered, str)
+            rendered = render_chat(self._tokenizer, chat, add_generation_prompt=True)
             head, _, tail = rendered.partition(_CONTEXT)
             return self._encode(head), self._encode(tail)
         if self._prompt == "completion":
-            return list(self._tokenizer("")["input_ids"]), self._encode(
-                _NEEDLE.format(city=queried[0], number="").rstrip()
-            )
-        before = list(self._tokenizer("You are a helpful assistant. USER: ")["input_ids"])
+            return opening(self._tokenizer), self._encode(_NEEDLE.format(city=queried[0], number="").rstrip())
+        before = text_ids(self._tokenizer, "You are a helpful assistant. USER: ")
         return before, self._encode(f" {question(queried)} {_INSTRUCTION} ASSISTANT:")
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return plain_ids(self._tokenizer, text) if text else []

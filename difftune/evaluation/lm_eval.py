@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.evaluation.answer_cache import model_fingerprint
 from difftune.evaluation.task import Clock, ItemTask, without_nan
+from difftune.rendering import plain_ids, render_chat, text_ids
 
 _TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 PAPER = {
@@ -275,6 +276,17 @@ def harness_model(
         def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
             _check(clock)
             return super()._model_generate(*args, **kwargs)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            # As everywhere else a text begins once, and does not end: a chat's template has begun it already.
+            begins = add_special_tokens is None and not string.startswith(tokenizer.bos_token or "\0")
+            ids = text_ids(tokenizer, string) if begins else plain_ids(tokenizer, string)
+            longest = kwargs.get("left_truncate_len") or (args[0] if args else None)
+            return ids[-longest:] if longest else ids
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            options: dict[str, Any] = {} if add_generation_prompt else {"continue_final_message": True}
+            return render_chat(tokenizer, chat_history, add_generation_prompt=add_generation_prompt, **options)
 
     return Interruptible(
         pretrained=model,

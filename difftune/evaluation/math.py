@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, ClassVar, Protocol
 
@@ -95,6 +95,8 @@ class MathResult:
     """Every answer, in the order of the problems."""
     name: str = field(default="", compare=False)
     """Of the set."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows of the set's file that are no problems, by the reason."""
 
     @property
     def complete(self) -> bool:
@@ -119,11 +121,13 @@ class MathResult:
         parts = [f"accuracy {self.accuracy:.3f} ({low:.3f} to {high:.3f}) on {self.n} problems"]
         parts += [f"{self.truncated:.1%} truncated"] if self.truncated else []
         parts += [f"{self.unparsed:.1%} without an answer"] if self.unparsed else []
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        parts += [f"{sum(self.dropped.values())} rows of the file are no problems ({reasons})"] if reasons else []
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the samples, ready for JSON: None stands for NaN."""
-        names = ("accuracy", "interval", "n", "skipped", "truncated", "unparsed", "mean_length", "verdicts")
+        names = ("accuracy", "interval", "n", "skipped", "truncated", "unparsed", "mean_length", "verdicts", "dropped")
         values = {name: getattr(self, name) for name in names}
         values["interval"] = list(self.interval)
         return without_nan(values)
@@ -176,6 +180,8 @@ class MathTask(ItemTask[Sample]):
     """How the problems are put; one of `difftune.evaluation.prompts.PROMPTS`."""
     demonstrations: Sequence[tuple[str, str]] = ()
     """Questions and answers before every problem (n-shot)."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows of the set's file that are no problems, by the reason; shown with the figures."""
     grader: Grader = field(default_factory=Grader)
     """Kept from one run to the next, as its process takes half a second to start."""
 
@@ -258,7 +264,7 @@ class MathTask(ItemTask[Sample]):
 
     def summarise(self, samples: Iterable[Sample]) -> MathResult:
         """Figures of the samples, of all parts together."""
-        return summarise(samples, self.num_items, self.name)
+        return replace(summarise(samples, self.num_items, self.name), dropped=self.dropped)
 
     def close(self) -> None:
         """End the grading process."""

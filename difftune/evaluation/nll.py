@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from difftune.evaluation.likelihood import token_nll, warn_if_too_long
 from difftune.evaluation.task import Clock, ItemTask, without_nan
+from difftune.rendering import text_ids
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class NllTask(ItemTask[DocumentNll]):
         samples = []
         for index in indices:
             # Room for several characters a token; a tokenizer reads a whole book slowly, and most of it in vain.
-            ids = tokenizer(self.texts[index][: 32 * self.length])["input_ids"][: self.length]
+            ids = text_ids(tokenizer, self.texts[index][: 32 * self.length])[: self.length]
             if len(ids) < self.length:
                 samples.append(DocumentNll(index, max(0, len(ids) - 1), []))
                 continue

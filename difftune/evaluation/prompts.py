@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from difftune.rendering import chat_ids, text_ids
+
 PROMPTS = ("chat", "boxed", "cot", "plain")
 _AROUND = {
     "chat": ("", ""),
@@ -49,25 +51,21 @@ def build_prompt(
     if prompt == "plain":
         pairs = [*demonstrations, (messages[-1]["content"], "")]
         text = "\n\n".join(f"Question: {question}\nAnswer: {answer}".rstrip() for question, answer in pairs)
-    else:
-        text = _chat(prompt, tokenizer, messages, demonstrations)
-    try:
-        # A chat template has written the special tokens already.
-        return list(tokenizer(text, add_special_tokens=prompt == "plain")["input_ids"])
-    except Exception as error:  # the tokenizers library raises Exception itself
-        raise ValueError(
-            f"{what}: the tokenizer cannot encode its prompt ({error}): leave it out, or use a tokenizer "
-            "that knows every character, such as bytes"
-        ) from error
+        return text_ids(tokenizer, text, what)
+    return _chat_ids(prompt, tokenizer, messages, demonstrations, what)
 
 
-def _chat(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], demonstrations: Sequence[tuple[str, str]]
-) -> str:
+def _chat_ids(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Any],
+    demonstrations: Sequence[tuple[str, str]],
+    what: str,
+) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template, which problems need: put a chat_template.jinja into its folder, or "
-            "set prompt=plain"
+            "the tokenizer has no chat template, which problems need: set chat_template (--chat-template FILE), put a "
+            "chat_template.jinja into its folder, or set prompt=plain"
         )
     before, after = _AROUND[prompt]
     *earlier, last = messages
@@ -78,6 +76,4 @@ def _chat(
             {"role": "assistant", "content": answer},
         ]
     turns.append({**last, "content": f"{before}{last['content']}{after}"})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+    return chat_ids(tokenizer, turns, what, add_generation_prompt=True)

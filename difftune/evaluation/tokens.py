@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from difftune.rendering import chat_ids, text_ids
+
 Document = str | Sequence[Mapping[str, str]]
 """A text, or a chat as messages with `role` and `content`."""
 
@@ -39,11 +41,5 @@ def token_rows(
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
     if isinstance(document, str):
-        return tokenizer(document)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, which chats need: put a chat_template.jinja in its folder"
-        )
-    text = tokenizer.apply_chat_template(list(document), tokenize=False)
-    # The template has written the special tokens already.
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text_ids(tokenizer, document) if document else []
+    return chat_ids(tokenizer, document)

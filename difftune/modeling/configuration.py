@@ -1,13 +1,17 @@
 """The architecture of a model. Saved with the weights, and the one config object that modules read."""
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from difftune.modeling.rope_settings import check_rope
 
 ATTENTION_KINDS = ("diff_v1", "diff_v2", "softmax")
+MAX_LAYERS = 10_000
+"""More would be built for minutes before anything could refuse them."""
 SUBLN_KINDS = ("affine", "plain", "none")
 
 
@@ -142,6 +146,20 @@ class DiffTransformerConfig(PreTrainedConfig):
         assert self.head_dim is not None
         return 2 * self.head_dim if self.attention == "diff_v1" else self.head_dim
 
+    def _check_numbers(self) -> None:
+        for name in ("subln_eps", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        for name in ("lambda_init", "lambda_std_dev"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number, 0 or above, got {value!r}")
+        if self.max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}")
+
     def _check(self) -> None:
         _one_of("attention", self.attention, ATTENTION_KINDS)
         _one_of("subln", self.subln, SUBLN_KINDS)
@@ -151,8 +169,8 @@ class DiffTransformerConfig(PreTrainedConfig):
                 f"lambda_warmup_steps={self.lambda_warmup_steps} with attention={self.attention!r}: must be 0, or a "
                 "number of optimiser steps with attention='diff_v1', whose lambda it warms up"
             )
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        _one_of("rope_type", rope_type, ("default", *ROPE_INIT_FUNCTIONS))
+        check_rope(self.rope_parameters)
+        self._check_numbers()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         assert kv_heads is not None and self.head_dim is not None
         if self.head_dim < 2 or self.head_dim % 2:

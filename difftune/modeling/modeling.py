@@ -274,7 +274,8 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers; the cache by its older name, under which PEFT (0.21) looks for it to add a prefix."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        mixin: Any = super()  # whose annotation of self no class of a model fits
+        inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(*args, **kwargs)
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
 from difftune.builder import build_tokenizer, fresh_architecture
-from difftune.checkpoints.adapters import base_of_adapter
+from difftune.checkpoints.adapter_config import base_of_adapter
 from difftune.checkpoints.diffllama import config_from_diffllama
 from difftune.checkpoints.folders import read_config, read_json, resolve_folder
 from difftune.config import Config

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from difftune.report.summary import read_json_lines, read_metrics
+from difftune.small_files import read_json_mapping, read_yaml_mapping
 
 KIND_NAMES = {
     "diff_v1": "Differential, V1",
@@ -120,6 +119,10 @@ class Run:
         return found
 
 
+_METRIC: dict[str, Any] = {"step": int, "tokens": int, "name": str, "stage": str, "value": (int, float, type(None))}
+"""What a line of metrics must hold."""
+
+
 def load_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Read run folders; folders of results of one model that measured different tasks are one run.
 
@@ -130,7 +133,7 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
         ValueError: If one is neither a run nor a folder of results, or is named twice.
     """
     if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise ValueError("a run is named twice: it would count as two seeds")
+        raise ValueError(f"a run is named twice: it would count as two seeds ({', '.join(map(str, paths))})")
     runs: list[Run] = []
     for run in map(load_run, paths):
         same = next((known for known in runs if _measured_together(known, run)), None)
@@ -161,6 +164,13 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     metrics = read_metrics(path)
+    for number, line in enumerate(metrics, 1):
+        wrong = [key for key, kinds in _METRIC.items() if not isinstance(line.get(key, ...), kinds)]
+        if wrong:
+            raise ValueError(
+                f"{path / 'metrics.jsonl'}, line {number}: no metric, {', '.join(wrong)} missing or of another type: "
+                "take the line out, or name another folder"
+            )
     run = Run(path, _yaml(path / "config.yaml"), _json(path / "environment.json"), _json(path / "settings.json"))
     if not metrics or not (run.config or run.settings):
         lacking = "no metrics.jsonl" if path.is_dir() else "no such folder"
@@ -211,8 +221,8 @@ def differing_keys(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return read_yaml_mapping(path) if path.is_file() and path.stat().st_size else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_mapping(path) if path.is_file() else {}

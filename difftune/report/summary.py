@@ -8,20 +8,39 @@ from typing import Any
 
 from rich.table import Table
 
+_TORN = "take the line out, or name another folder"
+
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``, each with step, tokens, name, value, stage and time.
 
     A last line without its end, in a run that is being written, is left for the next look.
+
+    Raises:
+        ValueError: If a line holds no JSON object; it names file and line.
     """
     path = Path(run_dir) / "metrics.jsonl"
     return read_json_lines(path) if path.is_file() else []
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a last line without its end, in a file that is being written, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The objects of a JSONL file; a last line without its end, in a file that is being written, is left out.
+
+    Raises:
+        ValueError: If a line holds no JSON object; it names file and line.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): {_TORN}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object, but {str(entry)[:40]!r}: {_TORN}")
+        found.append(entry)
+    return found
 
 
 def accuracies(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from difftune.config.field import key
+from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class ActivationsTaskConfig(TaskConfig):
 
     kind: str = "activations"
     """Outliers of attention logits and hidden states."""
-    path: str
+    path: str = required(is_path=True)
     """The text: a file, folder, hub id or generator, as of a training source; or a .txt file, or `synthetic:prose`."""
     format: str = "auto"
     """Name of the row format. `auto`: recognised by the columns of the first row."""

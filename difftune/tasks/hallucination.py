@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
-from difftune.config.field import key
+from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
@@ -16,13 +17,27 @@ _QUESTION = ("question", "input", "query")
 _GOLD = ("summary", "highlights", "answers", "answer", "output")
 
 
+def _why_no_address(url: str) -> str | None:
+    """Why a text is no address of an endpoint; None if it is one."""
+    if any(character.isspace() or not character.isprintable() for character in url):
+        return "has a blank or a character that cannot be seen"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"is no address ({error})"
+    if parts.scheme not in ("http", "https"):
+        return "does not begin with http:// or https://"
+    return None if host else "names no host"
+
+
 @dataclass(kw_only=True)
 class HallucinationTaskConfig(TaskConfig):
     """Whether summaries and answers say only what the document says."""
 
     kind: str = "hallucination"
     """Summaries and answers, judged against their document."""
-    path: str
+    path: str = required(is_path=True)
     """A data file, folder or hub id with columns `document` (or article, context), `summary` (or highlights), or for
     questions `question` (or input) and `answers` (a list, or one `answer`): XSum, CNN/DM, Multi-News, LongBench."""
     split: str = "test"
@@ -39,7 +54,7 @@ class HallucinationTaskConfig(TaskConfig):
     that stand in the document, for following one model, not for comparisons."""
     threshold: float = key(0.8, low=0, high=1)
     """Of `span_support`: share of words that must stand in the document."""
-    nli_model: str | None = None
+    nli_model: str | None = key(None, is_path=True)
     """Of `nli`: folder or hub id of a classifier of natural language inference, such as roberta-large-mnli; one of its
     labels must be called entailment."""
     url: str | None = None
@@ -48,9 +63,9 @@ class HallucinationTaskConfig(TaskConfig):
     """Name of the model at the endpoint; the default is that of the paper's protocol."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable with the key, sent if it is set."""
-    retries: int = key(5, low=0)
+    retries: int = key(5, low=0, most=100)
     """Attempts after the first, with waits of 1, 2, 4, ... seconds."""
-    cache_dir: str | None = None
+    cache_dir: str | None = key(None, is_path=True)
     """Folder for what the judge answered and what could not be judged yet. null: `difftune/judge` in the user cache."""
 
     operand: ClassVar[str | None] = "path"
@@ -65,13 +80,20 @@ class HallucinationTaskConfig(TaskConfig):
             return ["nli_model: judge=nli needs the folder of a classifier of natural language inference"]
         if self.judge == "endpoint" and not self.url:
             return ["url: judge=endpoint needs its address, such as http://localhost:8000/v1"]
+        if self.judge == "endpoint" and (reason := _why_no_address(str(self.url))):
+            return [f"url: {self.url!r} {reason}; an address looks like http://localhost:8000/v1"]
+        key = os.environ.get(self.api_key_env) if self.judge == "endpoint" else None
+        if key is not None and not (key.isascii() and key.isprintable()):
+            # Its text stays out of the message.
+            return [f"api_key_env: the key in {self.api_key_env} has characters that no header can send; set it again"]
         return []
 
     def build(self, defaults: Defaults) -> "HallucinationTask":
         """The task with its documents and its judge."""
         from difftune.evaluation.entailment import load_entailment_judge
         from difftune.evaluation.hallucination import HallucinationTask
-        from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
+        from difftune.evaluation.judges import EndpointJudge
+        from difftune.evaluation.span_support import SpanSupportJudge
 
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune" / "judge"
         cache = Path(self.cache_dir) if self.cache_dir else home

@@ -30,10 +30,10 @@ class HarnessTaskConfig(TaskConfig):
     """Longest sequence in tokens. null: the model's max_position_embeddings."""
     apply_chat_template: bool = False
     """Ask through the tokenizer's chat template."""
-    include_path: str | None = None
+    include_path: str | None = key(None, is_path=True)
     """A folder with task definitions of one's own."""
 
-    cache_dir: str | None = None
+    cache_dir: str | None = key(None, is_path=True)
     """Folder for the answers of a task that was interrupted; deleted when it is finished. null: `difftune/harness` in
     the user cache."""
 

@@ -24,11 +24,11 @@ class ManyShotTaskConfig(TaskConfig):
     set: str | None = key(None, choices=SETS)
     """A public set, whose files are in `folder`: `SET_train.jsonl` and `SET_test.jsonl` (of trec for trec_fine). null:
     `train` and `test` name the files."""
-    folder: str | None = None
+    folder: str | None = key(None, is_path=True)
     """Folder with the files of `set`."""
-    train: str | None = None
+    train: str | None = key(None, is_path=True)
     """Data file that demonstrations are drawn from."""
-    test: str | None = None
+    test: str | None = key(None, is_path=True)
     """Data file with the examples to classify."""
     text_column: str = "text"
     """The column with the text."""

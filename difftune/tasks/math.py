@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from difftune.config.field import key
+from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
-    from difftune.data.problems import Problem
+    from difftune.data.problems import Problems
     from difftune.evaluation.math import MathTask
 
 
@@ -18,10 +18,10 @@ class MathTaskConfig(TaskConfig):
 
     kind: str = "math"
     """Problems with a final answer, generated and graded."""
-    path: str
+    path: str = required(is_path=True)
     """A file of problems with their answers, a hub id, or `synthetic:arithmetic`; as of a training source. Also one of
     the paper's eight sets by name: gsm8k, math, svamp, asdiv, mawps, carp, tabmwp, college_math."""
-    folder: str | None = None
+    folder: str | None = key(None, is_path=True)
     """Where the paper's sets are: a file NAME.jsonl for each, with columns question and answer. null: the hub, which
     has all but carp, some of them in other sizes (docs/how-to/evaluate.md)."""
     name: str | None = None
@@ -34,6 +34,8 @@ class MathTaskConfig(TaskConfig):
     """Configuration of a hub data set, such as `main` of gsm8k. null: its default."""
     options: dict[str, Any] = key({})
     """Settings of a generator."""
+    columns: dict[str, str] = key({})
+    """Columns that have another name in the file: our name, then theirs, such as {question: task, answer: gold}."""
     limit: int | None = key(None, low=1)
     """Size of a random subset, drawn with `evaluation.seed`. null: all problems."""
     max_new_tokens: int | None = key(None, low=1)
@@ -44,7 +46,7 @@ class MathTaskConfig(TaskConfig):
     OpenThoughts, of Qwen2.5-Math); `plain`: Question and Answer without a chat template."""
     num_shots: int = key(0, low=0)
     """Worked answers before every problem: the first ones of `shots_path`."""
-    shots_path: str | None = None
+    shots_path: str | None = key(None, is_path=True)
     """Where they are; as of a training source."""
 
     operand: ClassVar[str | None] = "path"
@@ -63,7 +65,7 @@ class MathTaskConfig(TaskConfig):
             return []
         return ["num_shots: goes with shots_path, a source of worked answers; set both, or neither"]
 
-    def read(self, seed: int, limit: int | None) -> list["Problem"]:
+    def read(self, seed: int, limit: int | None) -> "Problems":
         """The problems of its set.
 
         Args:
@@ -86,6 +88,7 @@ class MathTaskConfig(TaskConfig):
             split=self.split or where.split,
             name=self.hub_name or where.hub_name,
             options=self.options,
+            columns=self.columns,
         )
 
     def build(self, defaults: Defaults) -> "MathTask":
@@ -101,6 +104,7 @@ class MathTaskConfig(TaskConfig):
         return MathTask(
             name=self.task_name(),
             problems=problems,
+            dropped=problems.dropped,
             max_new_tokens=self.max_new_tokens or defaults.max_new_tokens,
             batch_size=defaults.batch_size,
             temperature=defaults.temperature,

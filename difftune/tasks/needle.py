@@ -16,7 +16,7 @@ class NeedleTaskConfig(TaskConfig):
 
     kind: str = "needle"
     """Multi-needle retrieval: numbers of cities hidden in a long text, some of them asked for."""
-    haystack: str = "synthetic:prose"
+    haystack: str = key("synthetic:prose", is_path=True)
     """The text: a .txt file or a folder of them, a data file with a text column, a hub id, or `synthetic:prose`."""
     column: str = "text"
     """The column with the text, where there are columns."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from difftune.config.field import key
+from difftune.config.field import key, required
 from difftune.tasks.base import Defaults, TaskConfig
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class NllTaskConfig(TaskConfig):
 
     kind: str = "nll"
     """Cumulative average negative log-likelihood by position over long documents, in nats a token."""
-    path: str
+    path: str = required(is_path=True)
     """A .txt file or a folder of them, a data file with a text column, a folder or hub id of these (the paper has
     books; PG-19 is usual), or `synthetic:prose`."""
     column: str = "text"

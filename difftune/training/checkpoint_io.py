@@ -6,7 +6,8 @@ A checkpoint is a folder::
       checkpoint.pt         what torch.save wrote: weights (names start with "model."), optimiser, loops, position in
                             the data, random state
       config.json           the architecture, if the model has one: with it the weights load without the run
-      adapter_config.json   instead of it, if an adapter is trained: the weights are the adapter's alone
+      generation_config.json   what ends its texts, and its defaults of sampling
+      adapter_config.json   instead of them, if an adapter is trained: the weights are the adapter's alone
       shards/               if the model was sharded: weights and optimiser, a file a rank, and not in checkpoint.pt
       manifest.json         {"step": 200, "files": {"checkpoint.pt": {"bytes": ..., "sha256": ...}, ...}}
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "checkpoint.pt"
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -122,7 +124,8 @@ def temporary_of(path: Path) -> Path:
 def write_files(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write what ``checkpoint`` holds, but for the manifest; return the manifest's entries."""
     files = {}
-    for key, name in (("model_config", CONFIG), ("adapter_config", ADAPTER_CONFIG)):
+    written = (("model_config", CONFIG), ("generation_config", GENERATION_CONFIG), ("adapter_config", ADAPTER_CONFIG))
+    for key, name in written:
         if key in checkpoint:
             content = (json.dumps(checkpoint[key], indent=2, sort_keys=True) + "\n").encode()
             files[name] = _write(folder / name, lambda file, content=content: file.write(content))

@@ -329,6 +329,9 @@ class FinetuneModule(LightningModule):
         config = getattr(self.model, "config", None)
         if isinstance(config, PreTrainedConfig):
             checkpoint["model_config"] = json.loads(config.to_json_string())
+            generation = getattr(self.model, "generation_config", None)
+            if generation is not None:
+                checkpoint["generation_config"] = json.loads(generation.to_json_string())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counters back; refuse a checkpoint of another kind of run, or of another adapter."""

@@ -144,7 +144,8 @@ def build_schedule(
             )
         if warmup_steps > total_steps:
             raise ValueError(
-                f"warmup_steps ({warmup_steps}) exceeds the {total_steps:g} steps of the training: lower it"
+                f"warmup_steps ({warmup_steps}) exceeds the {total_steps:g} steps of the training: lower "
+                "optim.warmup_steps, or raise max_steps or max_epochs"
             )
     factor = partial(
         lr_factor,

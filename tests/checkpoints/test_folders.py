@@ -13,7 +13,9 @@ from difftune.checkpoints.folders import (
     read_tensors,
     resolve_folder,
 )
-from difftune.modeling import DiffTransformerConfig
+from difftune.checkpoints.load import load_model
+from difftune.checkpoints.shards import LazyTensors
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 
 
 def test_folder_is_returned_and_other_things_are_refused(tmp_path: Path) -> None:
@@ -110,3 +112,45 @@ def test_generation_config_may_be_absent_but_not_broken(tmp_path: Path) -> None:
     path.write_text('{"max_new_tokens": -7}')
     with pytest.raises(ValueError, match=r"generation_config\.json: .*max_new_tokens"):
         read_generation_config(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b", "", "..", 3, None, ["x"], "a\0"])
+def test_an_index_names_files_beside_it_and_no_others(tmp_path: Path, file: object) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "good.safetensors", "b": file}}))
+    with pytest.raises(ValueError, match=r"index\.json says that b is in .*beside it"):
+        read_tensors(tmp_path)
+    with pytest.raises(ValueError, match="beside it"):
+        LazyTensors(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float99", 32, ["float32"], "nn", "torch.nope", {}])
+def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path, dtype: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "difftune", "dtype": dtype}))
+    with pytest.raises(ValueError, match=r"config\.json: dtype must be a type of torch"):
+        read_config(tmp_path, DiffTransformerConfig)
+
+
+@pytest.mark.parametrize("value", ["x", [1, "x"], 1.5, True, {}])
+def test_a_generation_config_ends_at_numbers(tmp_path: Path, value: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: .*eos_token_id|generation_config\.json: "):
+        read_generation_config(tmp_path)
+
+
+def test_deep_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_at_loading(tmp_path: Path, value: float) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DiffTransformerForCausalLM(DiffTransformerConfig(vocab_size=8, **sizes))
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.vocab_size == 8
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"up_proj\.weight hold nan or inf"):
+        load_model(tmp_path)

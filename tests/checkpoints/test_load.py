@@ -1,5 +1,7 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,11 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from difftune.checkpoints.adapters import save_adapter
-from difftune.checkpoints.load import load_model, load_teacher
+from difftune.checkpoints.convert import convert_checkpoint
+from difftune.checkpoints.export import auto_format, export_model
+from difftune.checkpoints.load import find_model, load_model, load_teacher, read_architecture
+from difftune.checkpoints.sharded import StoredWeights
 from difftune.modeling import DiffTransformerForCausalLM
 from difftune.modeling.adapter_settings import AdapterSettings
 from difftune.modeling.adapters import add_adapter, trained_parameters
 from difftune.modeling.quantized import dequantized_weight
+from tests.checkpoints.llamas import each_kind, logits, make_llama, token_ids
 
 MakeModel = Callable[..., DiffTransformerForCausalLM]
 
@@ -44,12 +50,6 @@ def test_attention_backend_is_as_stored_unless_asked(make_model: MakeModel, tmp_
 
 
 def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
-    size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model_type 'llama', which is not readable; convert it once, `difftune convert"
-    ):
-        load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
     with pytest.raises(ValueError, match="model_type 'gemma3', which is not readable; readable are: a difftune folder"):
         load_model(tmp_path)
@@ -230,3 +230,60 @@ def test_a_teacher_on_the_meta_device_needs_no_weights(make_model: MakeModel, tm
     found = load_teacher(str(tmp_path), device="meta")
     assert type(found) is type(model) and all(parameter.is_meta for parameter in found.parameters())
     assert {n: p.shape for n, p in found.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+@each_kind
+def test_the_llama_family_is_read_as_softmax_without_a_conversion(
+    tmp_path: Path, model_type: str, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make_llama(model_type, **changes)
+    source.save_pretrained(tmp_path / "source")
+    with caplog.at_level("INFO", logger="difftune"):
+        ours = load_model(tmp_path / "source")
+    assert f"({model_type}) is read as softmax attention" in caplog.text
+    ids = token_ids(2, 40)
+    scale = float(logits(source, ids).abs().max())
+    assert ours.config.attention == "softmax" and find_model(tmp_path / "source")[1] == "llama"
+    assert (logits(ours, ids) - logits(source, ids)).abs().max() <= 1e-5 * scale
+    architecture = read_architecture(tmp_path / "source")
+    for name in ("hidden_size", "num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "rope_parameters"):
+        assert getattr(architecture, name) == getattr(ours.config, name), name
+    # The same weights, a rank's part at a time.
+    stored = StoredWeights(tmp_path / "source")
+    state = ours.state_dict()
+    assert set(stored) <= set(state) and all(torch.equal(stored[name], state[name]) for name in stored)
+
+
+@each_kind
+def test_a_llama_that_was_trained_goes_back_to_where_plain_transformers_loads_it(
+    tmp_path: Path, model_type: str, changes: dict[str, Any]
+) -> None:
+    make_llama(model_type, **changes).save_pretrained(tmp_path / "source")
+    ours = load_model(tmp_path / "source")
+    report = export_model(ours, None, tmp_path / "out", auto_format(ours.config))
+    assert report.format == "llama" and report.reloaded_as != "DiffTransformerForCausalLM"
+    again = load_model(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def test_what_convert_writes_as_a_llama_or_as_softmax_is_read_again(tmp_path: Path) -> None:
+    make_llama("llama").save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", "diff_v2", tmp_path / "v2")
+    ids = token_ids(2, 20)
+    expected = logits(load_model(tmp_path / "source"), ids)
+    for to in ("llama", "softmax"):
+        for name in ("v2", "source"):
+            out = tmp_path / f"{to}-of-{name}"
+            assert convert_checkpoint(tmp_path / name, to, out).exact
+            ours = load_model(out)
+            assert ours.config.attention == "softmax"
+            torch.testing.assert_close(logits(ours, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_llama_has_and_ours_has_not_is_refused_by_name(tmp_path: Path) -> None:
+    make_llama("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    for read in (load_model, read_architecture, StoredWeights):
+        with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+            read(tmp_path)

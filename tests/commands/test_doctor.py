@@ -78,6 +78,7 @@ def test_folders_that_are_gone_are_faults_and_not_repositories(
     recipe: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor.diagnose(str(recipe), [f"model.path={name}", f"tokenizer={name}"]) == 1
+    name = os.path.expanduser(name)
     said = capsys.readouterr().out.replace("\n", "")
     assert f"{name} does not exist" in said and f"{name} is no folder here" not in said
     # Where the model is not the one that is missing, the file check says so.

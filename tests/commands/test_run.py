@@ -1,13 +1,16 @@
 import json
+import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from difftune.builder import build_data, build_tasks, build_tokenizer
 from difftune.checkpoints.load import load_model
 from difftune.commands import run
 from difftune.config import load_config
+from difftune.data.tokenizers import build_tokenizer as build_named_tokenizer
+from difftune.modeling import DiffTransformerConfig, DiffTransformerForCausalLM
 from tests.conftest import ROOT
 
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -213,6 +216,23 @@ def test_a_checkpoint_is_evaluated_with_the_tokenizer_of_its_run(finished):
     assert len(run.generate(config, ["3+4", "12-5"])) == 2
 
 
+def test_through_a_pipe_come_the_answers_alone_and_unbroken(finished, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("difftune"), "handlers", [])
+    overrides = (f"model.path={finished / 'export'}", "tokenizer=null", "evaluation.max_new_tokens=100000")
+    config = config_of(finished, *overrides, command="generate", short=LOADED)
+    answers = run.generate(config, ["3+4", "12-5"], system="Be brief.", may_shorten=True)
+    said = capsys.readouterr()
+    assert said.out == "".join(f"{answer}\n" for answer in answers) and "3+4" not in said.out
+    # Our own default gives way to the context of the model, and nobody is warned of it.
+    assert "max_position_embeddings" not in said.err + said.out
+
+
+def test_a_system_turn_without_a_template_is_refused(half_precision, tmp_path):
+    config = config_of(tmp_path, f"model.path={half_precision}", "tokenizer=null", command="generate", short=LOADED)
+    with pytest.raises(ValueError, match="--system needs a chat template"):
+        run.generate(config, ["How many"], system="Be brief.")
+
+
 def test_export_writes_the_format_that_is_asked_for(finished, tmp_path):
     config = config_of(
         finished,
@@ -265,3 +285,64 @@ def test_the_quickstart_problems_are_unseen(tmp_path):
         data = build_data(stage, tokenizer, None)
         for task in build_tasks(stage.evaluation):
             assert len(task.problems) == 200 and data.seen(task.problems) == []
+
+
+def test_what_ends_a_text_is_in_checkpoint_and_export(finished):
+    end = build_tokenizer(config_of(finished)).eos_token_id
+    for folder in (finished / "checkpoints" / "traces" / "step-00000003", finished / "export"):
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((folder / name).read_text())["eos_token_id"] == end, (folder, name)
+
+
+@pytest.fixture(scope="module")
+def half_precision(tmp_path_factory):
+    """A model in bfloat16 whose generation config has an end that its tokenizer, without a chat template, has not."""
+    folder = tmp_path_factory.mktemp("half")
+    tokenizer = build_named_tokenizer("bytes")
+    tokenizer.chat_template = None
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = DiffTransformerConfig(vocab_size=262, num_key_value_heads=2, attention="diff_v2", eos_token_id=5, **sizes)
+    model = DiffTransformerForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=[5, 9], temperature=0.7, do_sample=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_export_keeps_type_and_sampling_and_says_every_end(half_precision, tmp_path):
+    config = config_of(tmp_path, f"model.path={half_precision}", "tokenizer=null", command="export", short=LOADED)
+    run.export(config, tmp_path / "out")
+    written = {
+        name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    }
+    assert written["config"]["dtype"] == "bfloat16"
+    assert written["config"]["eos_token_id"] == written["generation_config"]["eos_token_id"] == [2, 5, 9]
+    assert written["generation_config"]["temperature"] == 0.7
+
+
+def test_generate_continues_a_text_without_a_chat_template_and_refuses_a_broken_one(half_precision, tmp_path, our_log):
+    overrides = (f"model.path={half_precision}", "tokenizer=null")
+    config = config_of(tmp_path, *overrides, command="generate", short=LOADED)
+    assert len(run.generate(config, ["How many"])) == 1
+    assert "continues the prompts as text" in our_log.text
+    for template, message in (
+        ("{{ raise_exception('needs a system turn') }}", "the prompt: .* needs a system turn"),
+        ("{{ 1 + messages }}", "the prompt: the chat template fails on it: TypeError"),
+        ("{% if %}", "chat_template: it is broken, line 1"),
+    ):
+        config.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            run.generate(config, ["How many"])
+
+
+def test_a_model_without_a_row_for_a_token_is_refused_by_every_command(half_precision, tmp_path):
+    tokenizer = build_named_tokenizer("bytes")
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "large")
+    overrides = (f"model.path={half_precision}", f"tokenizer={tmp_path / 'large'}")
+    for command, act in (
+        ("generate", lambda config: run.generate(config, ["1"])),
+        ("export", lambda config: run.export(config, tmp_path / "out")),
+    ):
+        with pytest.raises(ValueError, match="the tokenizer has 264 tokens, the model's embedding 262 rows"):
+            act(config_of(tmp_path, *overrides, command=command, short=LOADED))

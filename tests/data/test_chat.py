@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from difftune.data.chat import encode_examples
@@ -81,16 +81,7 @@ def test_row_without_an_assistant_turn_is_an_error_that_names_the_row(digits):
         encode(digits, chat("12+7"))
 
 
-def test_template_that_removes_the_reasoning_is_an_error_that_names_the_row():
-    stripping = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
-    )
-    with pytest.raises(ValueError, match="line 7: the chat template does not continue its own generation prompt"):
-        encode(with_template(stripping), chat("12+7", "<think>\nadd\n</think>\n19"))
-
-
-def test_template_that_rewrites_earlier_turns_is_an_error():
+def test_template_that_rewrites_earlier_turns_makes_several_documents():
     forgetful = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
         "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{% endfor %}"
@@ -98,8 +89,14 @@ def test_template_that_rewrites_earlier_turns_is_an_error():
     )
     tokenizer = with_template(forgetful)
     assert learned_text(tokenizer, encode(tokenizer, chat("12+7", "<think>a</think>19"))).startswith("<think>")
-    with pytest.raises(ValueError, match="line 7: the chat template rewrites earlier turns"):
-        encode(tokenizer, chat("12+7", "<think>a</think>19", "1+1", "2"))
+    documents = encode_examples(tokenizer, [chat("1", "2"), chat("12+7", "<think>a</think>19", "1+1", "2")], ["", ""])
+    assert [learned_text(tokenizer, document) for document in documents] == [
+        "2<|eos|>",
+        "<think>a</think>19<|eos|>",
+        "2<|eos|>",
+    ]
+    assert tokenizer.decode(documents[2].ids.tolist()) == "<|user|>12+7<|assistant|>19<|user|>1+1<|assistant|>2<|eos|>"
+    assert [(document.example, document.turn) for document in documents] == [(0, 1), (1, 1), (1, 3)]
 
 
 def test_token_across_the_border_of_prompt_and_answer_is_an_error():
@@ -124,13 +121,25 @@ def test_tokenizer_without_chat_template_is_an_error_for_chats_only():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template.*chat_template\.jinja"):
         encode(tokenizer, chat("1", "2"))
-    assert len(encode(tokenizer, Example([], text="ab")).ids) == 4
+    assert len(encode(tokenizer, Example([], text="ab")).ids) == 3
 
 
-def test_text_is_learned_whole_between_begin_and_end(byte_tokenizer):
-    document = encode(byte_tokenizer, Example([], text="ab"))
-    assert byte_tokenizer.decode(document.ids.tolist()) == "<|bos|>ab<|eos|>"
-    assert document.learned.tolist() == [False, True, True, True]
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [(None, "ab<|eos|>"), ("<|bos|> $A", "<|bos|>ab<|eos|>"), ("<|bos|> $A <|eos|>", "<|bos|>ab<|eos|>")],
+)
+@pytest.mark.parametrize("text", ["ab", "ab<|eos|>", "<|bos|>ab"])
+def test_text_begins_as_its_tokenizer_begins_one_and_ends_once(frame, expected, text):
+    tokenizer = build_tokenizer("bytes")
+    if frame is not None:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=frame, special_tokens=[("<|bos|>", 1), ("<|eos|>", 2)]
+        )
+    elif text.startswith("<|bos|>"):
+        expected = f"<|bos|>{expected}"
+    document = encode(tokenizer, Example([], text=text))
+    assert tokenizer.decode(document.ids.tolist()) == expected
+    assert document.learned.tolist() == [False] + [True] * (len(document.ids) - 1)
 
 
 def test_many_rows_at_once_are_the_same_as_one_by_one(byte_tokenizer):

@@ -18,7 +18,7 @@ ROWS = [
 @pytest.fixture
 def parts(digits, write_jsonl):
     first, second = write_jsonl(ROWS[:1], "first.jsonl"), write_jsonl(ROWS[1:], "second.jsonl")
-    return [load_tokenized(Source(path), digits) for path in (first, second)]
+    return [load_tokenized(Source(path, bad_rows="drop"), digits) for path in (first, second)]
 
 
 def test_documents_of_all_sets_in_order(parts, digits):
@@ -27,13 +27,13 @@ def test_documents_of_all_sets_in_order(parts, digits):
     texts = [digits.decode(corpus.document(index).ids.tolist()) for index in range(len(corpus))]
     assert texts[2] == "<|user|>9+9<|assistant|>18.<|eos|>"
     assert corpus.counts.rows_read == 4
-    assert corpus.counts.dropped == {"empty target": 1}
+    assert corpus.counts.dropped == {"bad row: empty target": 1}
 
 
 def test_over_long_documents_are_dropped_and_counted(parts):
     corpus = Corpus(parts, seq_len=9, overlong="drop")
     assert corpus.lengths.tolist() == [6, 9]
-    assert corpus.counts.dropped == {"empty target": 1, "longer than 9 tokens": 1}
+    assert corpus.counts.dropped == {"bad row: empty target": 1, "longer than 9 tokens": 1}
     assert (corpus.longest, corpus.truncated) == (13, 0)
     assert len(corpus.questions()) == 2
 
@@ -48,7 +48,7 @@ def test_over_long_documents_are_truncated_and_counted(parts, digits):
 
 def test_document_whose_labels_are_cut_off_is_dropped(parts):
     corpus = Corpus(parts, seq_len=7, overlong="truncate")
-    assert corpus.counts.dropped == {"empty target": 1, "no label within 7 tokens": 1}
+    assert corpus.counts.dropped == {"bad row: empty target": 1, "no label within 7 tokens": 1}
     assert corpus.lengths.tolist() == [6, 7]
 
 

@@ -59,3 +59,23 @@ def test_nothing_to_evaluate_on_is_an_error(write_jsonl):
 def test_gold_answer_of_upstream_gsm8k_is_what_follows_the_mark(write_jsonl):
     path = write_jsonl([{"question": "3 and 4?", "answer": "3+4=<<3+4=7>>7\n#### 7"}])
     assert load_problems(path)[0].answer == "7"
+
+
+def test_dropped_problems_are_counted_and_nan_is_no_text(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"question": "1+1", "answer": 2}\n{"question": "1+2", "answer": NaN}\n{"question": NaN, "answer": "3"}\n'
+        '{"id": NaN, "question": "2+2", "answer": 4.0}\n{"question": "9", "answer": null}\n'
+    )
+    problems = load_problems(str(path))
+    assert [(problem.id, problem.answer) for problem in problems] == [("0", "2"), ("3", "4.0")]
+    assert problems.dropped == load_problems(str(path), 1).dropped == {"empty answer": 2, "empty question": 1}
+    assert "rows.jsonl: 3 of 5 problems dropped: 2 empty answer, 1 empty question" in caplog.text
+    path.write_text('{"question": "1+2", "answer": NaN}\n')
+    with pytest.raises(ValueError, match="has no problem to evaluate on: 1 empty answer"):
+        load_problems(str(path))
+
+
+def test_problems_with_other_columns(write_jsonl):
+    path = write_jsonl([{"task": "1+1", "gold": "2"}])
+    assert load_problems(path, columns={"question": "task", "answer": "gold"})[0].answer == "2"

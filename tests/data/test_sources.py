@@ -31,7 +31,7 @@ def test_broken_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3\n{"a": 4}\n')
     with pytest.raises(
-        ValueError, match=r"broken\.jsonl, line 4: not valid JSON \(.* at column 8\); it begins b'\{\"a\": 3"
+        ValueError, match=r"broken\.jsonl, line 4: not valid JSON \(.* at column 8\); it begins '\{\"a\": 3"
     ):
         columns(Source(str(path)))
 
@@ -39,7 +39,7 @@ def test_broken_line_is_named_by_its_number(tmp_path):
 def test_line_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"a": "ok"}\n{"a": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
         columns(Source(str(path)))
 
 
@@ -83,9 +83,10 @@ def test_unreachable_hub_id_is_an_error_that_names_both_readings():
 
 
 def test_other_suffix_is_refused(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"must be a data file \(.jsonl, .json, .parquet\), got suffix '.csv'"):
-        columns(Source(str(tmp_path / "rows.csv")))
+    for name in ("rows.zip", "rows.parquet.gz", "rows"):
+        (tmp_path / name).write_text("a,b\n")
+        with pytest.raises(ValueError, match=r"must be a data file \(.jsonl, .ndjson, .*got suffix"):
+            columns(Source(str(tmp_path / name)))
 
 
 def test_folder_is_read_in_the_order_of_names(tmp_path, write_jsonl):
@@ -153,3 +154,37 @@ def test_fingerprint_follows_content_and_settings_not_the_name(tmp_path, write_j
     one = fingerprint(Source("synthetic:arithmetic", options={"count": 5}))
     assert one != fingerprint(Source("synthetic:arithmetic", options={"count": 5}, split="test"))
     assert one != fingerprint(Source("synthetic:arithmetic", options={"count": 6}))
+
+
+def test_columns_have_our_names(write_jsonl):
+    path = write_jsonl([{"task": "1+1", "gold": 2, "answer": "no"}])
+    names = {"question": "task", "answer": "gold"}
+    assert columns(Source(path, columns=names)) == [{"question": "1+1", "answer": 2}]
+    assert fingerprint(Source(path, columns=names)) != fingerprint(Source(path))
+    swapped = Source(path, columns={"task": "gold", "gold": "task"})
+    assert columns(swapped) == [{"task": 2, "gold": "1+1", "answer": "no"}]
+    with pytest.raises(ValueError, match="line 1: no column 'q', which `columns` names; there are answer, gold, task"):
+        columns(Source(path, columns={"question": "q"}))
+    with pytest.raises(ValueError, match="name one column of the source twice"):
+        Source(path, columns={"question": "a", "answer": "a"})
+
+
+def test_saved_data_sets_are_read_by_split(tmp_path):
+    import datasets
+
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=one.select([0])).save_to_disk(tmp_path / "two")
+    assert columns(Source(str(tmp_path / "one"))) == columns(Source(str(tmp_path / "two"))) == ROWS
+    assert columns(Source(str(tmp_path / "two"), split="test")) == ROWS[:1]
+    assert fingerprint(Source(str(tmp_path / "one"))) != fingerprint(Source(str(tmp_path / "two")))
+    with pytest.raises(ValueError, match="has no split 'dev': there are train, test"):
+        columns(Source(str(tmp_path / "two"), split="dev"))
+
+
+def test_nan_is_null_in_every_kind_of_file(tmp_path):
+    rows = [{"a": float("nan"), "b": 1.5}, {"a": 2.0, "b": float("nan")}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert columns(Source(str(tmp_path / name))) == [{"a": None, "b": 1.5}, {"a": 2.0, "b": None}]

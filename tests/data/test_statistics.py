@@ -6,6 +6,7 @@ import pytest
 from difftune.data.datamodule import SFTDataModule
 from difftune.data.sources import Source
 from difftune.data.statistics import DataStatistics
+from difftune.data.tokenizers import build_tokenizer
 from tests.conftest import shared_data
 
 ROWS = [
@@ -32,7 +33,11 @@ def second_count(tokenizer, rows: list[tuple[str, str]], seq_len: int) -> dict:
 
 def test_counts_are_those_of_a_second_count(digits, write_jsonl):
     data = SFTDataModule(
-        tokenizer=digits, train=[Source(write_jsonl(ROWS))], seq_len=30, micro_batch_size=2, max_epochs=1
+        tokenizer=digits,
+        train=[Source(write_jsonl(ROWS), bad_rows="drop")],
+        seq_len=30,
+        micro_batch_size=2,
+        max_epochs=1,
     )
     stats = data.prepare().to_dict()
     texts = [(row["question"], row["answer"]) for row in ROWS if row["answer"]]
@@ -48,7 +53,7 @@ def test_counts_are_those_of_a_second_count(digits, write_jsonl):
             "longest_row": 24,
         }
     )
-    assert stats["dropped"] == {"empty answer": 1}
+    assert stats["dropped"] == {"bad row: empty answer": 1}
     assert (stats["rows_read"], stats["truncated"], stats["eos_share"], stats["complete"]) == (5, 0, 1.0, True)
     # 24, 22 + 7 and 7 tokens in rows of 30.
     assert stats["batch_rows"] == 3
@@ -131,3 +136,18 @@ def test_unknown_tokens_are_counted(tmp_path, write_jsonl):
     rows = [{"text": "a b a"}, {"text": "c d"}]
     data = SFTDataModule(tokenizer=tokenizer, train=[Source(write_jsonl(rows))], seq_len=8, micro_batch_size=1)
     assert data.prepare().unknown_tokens == 3
+
+
+def test_further_turns_of_a_row_are_counted(write_jsonl) -> None:
+    forgetful = (
+        "{% for m in messages %}{% set whole = loop.last or m.role == 'user' %}"
+        "{{ '<|' + m.role + '|>' + (m.content if whole else m.content[:1]) + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = build_tokenizer("bytes", chat_template=forgetful)
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": turns[:4]}]
+    data = SFTDataModule(tokenizer=tokenizer, train=[Source(write_jsonl(rows))], seq_len=200, micro_batch_size=1)
+    stats = data.prepare()
+    assert (stats.rows_read, stats.kept, stats.further_turns) == (3, 6, 3)
+    assert "of them further turns of a row" in stats.table()

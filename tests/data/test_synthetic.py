@@ -145,3 +145,16 @@ def test_missing_reasoning_gym_names_the_install_line(monkeypatch):
 def test_examples_of_the_docstrings_hold():
     result = doctest.testmod(synthetic)
     assert result.attempted >= 2 and not result.failed
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"terms": [2, 10**9]}, "terms of a synthetic source must be at most 1000, got 1000000000"),
+        ({"operands": [1, 10**20]}, "operands of a synthetic source must be at most"),
+        ({"count": 10**15}, "count of a synthetic source must be at most"),
+    ],
+)
+def test_settings_beyond_any_use_are_refused_before_work_starts(options, says):
+    with pytest.raises(ValueError, match=says):
+        list(synthetic.generate("arithmetic", "train", options))

@@ -40,3 +40,9 @@ def test_prose_is_long_enough_varied_and_always_the_same() -> None:
 def test_texts_are_joined_to_documents_of_a_least_length() -> None:
     assert join_texts(["aa", "bb", "cc", "dd", "e"], 6) == ["aa\n\nbb", "cc\n\ndd"]
     assert join_texts(["aa", "bb"], 100) == ["aa\n\nbb"], "all there is, though too little"
+
+
+def test_a_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(ValueError, match=r"a\.txt: not a text in UTF-8"):
+        load_texts(str(tmp_path / "a.txt"))

@@ -30,7 +30,9 @@ def same(left, right) -> bool:
 
 @pytest.fixture
 def source(write_jsonl) -> Source:
-    return Source(write_jsonl([*ROWS, {"question": "", "answer": "1"}, {"question": "7+7", "answer": "14"}]))
+    return Source(
+        write_jsonl([*ROWS, {"question": "", "answer": "1"}, {"question": "7+7", "answer": "14"}]), bad_rows="drop"
+    )
 
 
 def entries(folder) -> list[str]:
@@ -53,9 +55,9 @@ def test_change_of_content_settings_tokenizer_or_template_is_another_entry(sourc
     for number, (changed, tokenizer) in enumerate(
         [
             (source, digits),
-            (Source(source.path, limit=5), digits),
-            (Source(source.path, answer_only=True), digits),
-            (Source(source.path, format="question_answer"), digits),
+            (Source(source.path, limit=5, bad_rows="drop"), digits),
+            (Source(source.path, answer_only=True, bad_rows="drop"), digits),
+            (Source(source.path, format="question_answer", bad_rows="drop"), digits),
             (source, build_tokenizer("bytes")),
             (source, other_template),
         ],
@@ -72,7 +74,7 @@ def test_same_content_in_another_place_is_the_same_entry(source, digits, tmp_pat
     load_tokenized(source, digits, tmp_path / "cache")
     (tmp_path / "moved").mkdir()
     moved = shutil.copy(source.path, tmp_path / "moved")
-    assert load_tokenized(Source(moved), digits, tmp_path / "cache").source == moved
+    assert load_tokenized(Source(moved, bad_rows="drop"), digits, tmp_path / "cache").source == moved
     assert len(entries(tmp_path / "cache")) == 1
 
 
@@ -105,7 +107,7 @@ def test_failure_before_the_last_step_leaves_no_entry(step, source, digits, tmp_
 
 
 def load_in_child(path, cache, results):
-    results.put(int(load_tokenized(Source(path), build_tokenizer("digits"), cache).ids.sum()))
+    results.put(int(load_tokenized(Source(path, bad_rows="drop"), build_tokenizer("digits"), cache).ids.sum()))
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(source, tmp_path, monkeypatch):
@@ -132,11 +134,11 @@ def test_of_two_processes_one_builds_and_the_other_waits(source, tmp_path, monke
 
 
 def test_source_whose_rows_are_all_dropped_is_kept_with_its_reasons(digits, write_jsonl, tmp_path):
-    source = Source(write_jsonl([{"question": "", "answer": "1"}]))
+    source = Source(write_jsonl([{"question": "", "answer": "1"}]), bad_rows="drop")
     for _ in range(2):
         data = load_tokenized(source, digits, tmp_path / "cache")
         assert len(data) == 0
-        assert data.counts.dropped == {"empty question": 1}
+        assert data.counts.dropped == {"bad row: empty question": 1}
 
 
 def files_of(cache) -> dict[str, str]:

@@ -10,7 +10,9 @@ ROWS = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(1200)]
 
 @pytest.fixture
 def source(write_jsonl) -> Source:
-    return Source(write_jsonl([*ROWS, {"question": "", "answer": "1"}, {"question": "7+7", "answer": "14"}]))
+    return Source(
+        write_jsonl([*ROWS, {"question": "", "answer": "1"}, {"question": "7+7", "answer": "14"}]), bad_rows="drop"
+    )
 
 
 def test_documents_are_the_rows_in_order(source, digits):
@@ -20,7 +22,7 @@ def test_documents_are_the_rows_in_order(source, digits):
     assert digits.decode(data.document(600).ids[data.document(600).learned].tolist()) == "601<|eos|>"
     assert data.row_numbers[-2:].tolist() == [1200, 1202]
     assert data.counts.rows_read == 1202
-    assert data.counts.dropped == {"empty question": 1}
+    assert data.counts.dropped == {"bad row: empty question": 1}
     assert data.questions[4] == question_key(" 4 + 1")
 
 

@@ -3,7 +3,7 @@ from decimal import Decimal
 
 import pytest
 
-from difftune.evaluation.answers import Answer, find_answer, is_words, math_form, normalise, plain_number
+from difftune.evaluation.answers import Answer, find_answer, normalise, plain_number
 
 
 @pytest.mark.parametrize(
@@ -147,27 +147,3 @@ def test_what_does_not_belong_to_an_answer_is_taken_off(raw: str, clean: str) ->
 )
 def test_only_unmistakable_numbers_are_plain(text: str, value: str | None) -> None:
     assert plain_number(text) == (None if value is None else Decimal(value))
-
-
-@pytest.mark.parametrize(
-    ("answer", "form"),
-    [
-        (Answer("x+1", "boxed"), r"\boxed{x+1}"),
-        (Answer("yes", "boxed"), r"\boxed{\text{yes}}"),
-        (Answer("no", "boxed"), r"\boxed{no}"),
-        (Answer("18 dollars", "hash"), r"\boxed{18\text{ dollars}}"),
-        (Answer("5 million", "hash"), r"\boxed{5 million}"),
-        (Answer("2 and 3", "boxed"), r"\boxed{2 and 3}"),
-        (Answer("$5$ apples", "boxed"), "$5$ apples"),
-        (Answer("5 apples, since 7-2=5", "phrase"), "The final answer is 5 apples, since 7-2=5"),
-        (Answer(r"\sin x + \log y", "phrase"), r"\boxed{\sin x + \log y}"),
-        (Answer("a\nb 5.", "tail"), "a\nb 5."),
-    ],
-)
-def test_the_form_for_math_verify(answer: Answer, form: str) -> None:
-    assert math_form(answer) == form
-
-
-def test_words_are_told_from_formulas() -> None:
-    assert is_words("Silver Spring") and is_words("They are equal")
-    assert not is_words("x+y") and not is_words("3 apples") and not is_words(r"\sin x") and not is_words("log x")

@@ -281,8 +281,27 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str, tokeni
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = build_tokenizer("digits")
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no eos_token"):
-        generate_texts(tiny_model(), tokenizer, ["1"], max_new_tokens=4)
+    model = tiny_model()
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="neither tokenizer nor generation config has an eos token"):
+        generate_texts(model, tokenizer, ["1"], max_new_tokens=4)
+
+
+def test_every_end_of_tokenizer_and_generation_config_ends_a_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model()
+    (free,) = generate_texts(model, tokenizer, ["1"], max_new_tokens=8)
+    at = next(place for place in range(2, 8) if free.ids[place] not in free.ids[:place])
+    end = free.ids[at]
+    for ends in (end, [end], [101, end], [end, tokenizer.eos_token_id]):
+        model.generation_config.eos_token_id = ends
+        # Beside one that ends later, and is what the other is padded to.
+        found, _ = generate_texts(model, tokenizer, ["1", "12+7-15"], max_new_tokens=8)
+        assert found.ids == free.ids[: at + 1] and found.finished
+        assert found.text == tokenizer.decode(free.ids[:at], skip_special_tokens=True)
+    own = build_tokenizer("digits")
+    own.eos_token = str(own.convert_ids_to_tokens(end))
+    model.generation_config.eos_token_id = [101]
+    assert generate_texts(model, own, ["1"], max_new_tokens=8)[0].ids == free.ids[: at + 1]
 
 
 @pytest.mark.gpu

@@ -14,10 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from difftune.evaluation.answers import Answer, math_form, normalise
+from difftune.evaluation.answer_forms import math_form
+from difftune.evaluation.answers import normalise
 from difftune.evaluation.grading import Grader, _compare_numbers, _gold_form, grade
 from difftune.evaluation.grading_worker import verdict_of
 from tests.conftest import ROOT, shared_data
+from tests.evaluation.right_pairs import RIGHT
+from tests.evaluation.wrong_pairs import WRONG
 from tests.processes import children, is_gone
 
 HANG = r"\boxed{9^{9^{9^9}}}"
@@ -98,6 +101,19 @@ def when_at_work(own: Grader, number: int, target: int) -> threading.Thread:
 )
 def test_verdicts(prediction: str, gold: str, verdict: str, grader: Grader) -> None:
     assert grader.grade(prediction, gold).verdict == verdict
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_right_answers_are_graded_right(kind: str, grader: Grader) -> None:
+    grades = grader.grade_all(RIGHT[kind])
+    assert [pair for pair, grade in zip(RIGHT[kind], grades, strict=True) if not grade.correct] == []
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_answers_are_graded_wrong(kind: str, grader: Grader) -> None:
+    grades = grader.grade_all(WRONG[kind])
+    refused = {"wrong", "unparsed"}
+    assert [pair for pair, grade in zip(WRONG[kind], grades, strict=True) if grade.verdict not in refused] == []
 
 
 @pytest.mark.parametrize(
@@ -333,7 +349,7 @@ def test_the_fast_comparison_of_numbers_never_contradicts_math_verify() -> None:
         given, gold = normalise(spellings(rng, left)), normalise(spellings(rng, right))
         fast = "correct" if given == gold else _compare_numbers(given, gold)
         if fast is not None:
-            assert verdict_of(math_form(Answer(given, "boxed")), _gold_form(gold)) == fast, (given, gold)
+            assert verdict_of(math_form(given, "boxed"), _gold_form(gold)) == fast, (given, gold)
             decided[fast] += 1
     assert min(decided.values()) > 100
 
@@ -348,7 +364,7 @@ def test_real_gold_answers_agree_with_themselves(name: str, grader: Grader) -> N
         assert right >= (0.9 if name == "college_math" else 0.99) * len(golds), form
     # Equal spelling is taken as right without asking math-verify: it would say the same.
     some = golds[:15]
-    replies = grader._ask([(math_form(Answer(gold, "boxed")), _gold_form(gold)) for gold in some])
+    replies = grader._ask([(math_form(normalise(gold), "boxed"), _gold_form(gold)) for gold in some])
     assert replies.count("correct") == len(some)
 
 
@@ -357,7 +373,7 @@ def test_the_share_of_college_math_that_math_verify_misses_is_reported(grader: G
     golds = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
     golds = random.Random(0).sample(golds, 100)
     ours = sum(g.correct for g in grader.grade_all([(rf"\boxed{{{gold}}}", gold) for gold in golds]))
-    alone = grader._ask([(math_form(Answer(gold, "boxed")), _gold_form(gold)) for gold in golds]).count("correct")
+    alone = grader._ask([(math_form(normalise(gold), "boxed"), _gold_form(gold)) for gold in golds]).count("correct")
     print(f"\ncollege_math against its own gold: {ours} of 100 graded right, {alone} where math-verify is asked")
     assert ours >= 99 and alone >= 90
 

@@ -170,3 +170,11 @@ def test_what_cannot_be_evaluated_is_refused(
 def test_no_samples_make_no_figures() -> None:
     result = summarise([], 0)
     assert math.isnan(result.accuracy) and result.n == 0 and result.complete
+
+
+def test_rows_that_are_no_problems_are_shown_with_the_figures(problems: list[Problem]) -> None:
+    task = MathTask("sums", problems, max_new_tokens=12, dropped={"empty answer": 2, "empty question": 1})
+    result = task.summarise([])
+    assert str(result).endswith("3 rows of the file are no problems (2 empty answer, 1 empty question)")
+    assert result.to_dict()["dropped"] == {"empty answer": 2, "empty question": 1}
+    assert "no problems" not in str(MathTask("sums", problems, max_new_tokens=12).summarise([]))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -113,3 +114,31 @@ def test_steps_before_a_stage_are_known(tmp_path):
     write_metrics(path, {"train/loss": [(1, 1.5), (5, None)]}, stage="traces")
     write_metrics(path, {"train/loss": [(2, 1.5)]}, stage="last")
     assert load_run(path).stage_starts == {"answers": 0, "traces": 10, "last": 15}
+
+
+@pytest.mark.parametrize("content", ["hello\n", "1\n", "{}\n", "[" * 10**5 + "\n", '{"step": "a"}\n'])
+def test_metrics_that_are_none_are_named_with_their_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: .*take the line out"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"- a\n"),
+        ("config.yaml", b"a: {"),
+        ("config.yaml", b"a: !!python/name:os.system\n"),
+        ("config.yaml", b"\xff\xfe"),
+        ("environment.json", b"{"),
+        ("environment.json", b"3"),
+        ("settings.json", b"[" * 10**5),
+    ],
+)
+def test_files_of_a_run_that_are_damaged_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    metric = {"step": 1, "tokens": 1, "name": "train/loss", "value": 1.0, "stage": "main", "time": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metric) + "\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} (is damaged|must hold a mapping)"):
+        load_run(tmp_path)

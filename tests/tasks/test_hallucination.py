@@ -41,3 +41,34 @@ def test_an_endpoint_needs_its_address_and_keeps_what_it_answered(tmp_path, monk
     task = HallucinationTaskConfig(path=str(file), judge="endpoint", url="http://localhost:1/v1").build(DEFAULTS)
     assert task.judge.api_key == "k" and task.judge.cache == tmp_path / "difftune" / "judge" / "judgements.jsonl"
     assert task.cache == tmp_path / "difftune" / "judge" / "texts.jsonl"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000/v1",
+        "file:///etc/passwd",
+        "ftp://host/v1",
+        "http://",
+        "http://h:abc/v1",
+        "http://h:99999",
+        "http://a b",
+        "http://h/a\nb",
+        "http://[::1/v1",
+        "http://h/\0",
+        "https:/h",
+    ],
+)
+def test_an_address_that_is_none_is_refused_before_anything_is_generated(url):
+    (problem,) = HallucinationTaskConfig(path="x", judge="endpoint", url=url).problems(DEFAULTS)
+    assert problem.startswith("url: ") and repr(url) in problem and "http://localhost:8000/v1" in problem
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000/v1", "https://api.openai.com/v1", "http://[::1]:80/v1"])
+def test_an_address_is_taken_and_a_key_that_no_header_can_send_is_not_shown(url, monkeypatch):
+    config = HallucinationTaskConfig(path="x", judge="endpoint", url=url, api_key_env="SOME_KEY")
+    assert config.problems(DEFAULTS) == []
+    for key in ("secret\nvalue", "secr\u00e9t"):
+        monkeypatch.setenv("SOME_KEY", key)
+        (problem,) = config.problems(DEFAULTS)
+        assert "SOME_KEY" in problem and "secr" not in problem
