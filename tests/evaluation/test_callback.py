@@ -79,6 +79,7 @@ class FakeTask:
         self, name: str = "fake", complete: bool = True, act: Callable[[], None] = lambda: None, size: int = 1
     ) -> None:
         self.name, self.complete, self.act, self.size = name, complete, act, size
+        self.num_items = size
         self.deadlines: list[float | None] = []
         self.closed = False
 
@@ -98,10 +99,6 @@ class FakeTask:
         if on_block is not None:
             on_block(samples)
         return samples
-
-    @property
-    def num_items(self) -> int:
-        return self.size
 
     def summarise(self, samples: Iterable[FakeSample]) -> FakeResult:
         return FakeResult(self.complete, sorted(samples, key=lambda sample: sample.index))
@@ -400,10 +397,3 @@ def test_a_share_of_an_endless_training_is_refused(tmp_path: Path) -> None:
     evaluation = ScheduledEvaluation([FakeTask()], TOKENIZER, every_fraction=0.1)
     with pytest.raises(ValueError, match=r"needs a known number of steps: set trainer\.max_steps"):
         fit(evaluation, tmp_path, max_steps=-1, max_time="00:00:00:30", max_epochs=-1)
-
-
-def test_how_far_a_task_is_is_told(tmp_path: Path) -> None:
-    told: list[str] = []
-    evaluation = ScheduledEvaluation([FakeTask(size=5)], TOKENIZER, at_end=False, on_progress=told.append)
-    fit(evaluation, tmp_path, max_steps=1)
-    assert told == ["evaluating fake, 5 of 5"]
