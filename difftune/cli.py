@@ -136,7 +136,8 @@ def _run(found: Invocation) -> int:
         prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
         if not all(prompt.strip() for prompt in prompts):
             raise UsageError("--prompt is empty: give a text, or - and the text on standard input")
-        run.generate(config, prompts=prompts)
+        is_set = "max-new-tokens" in found.values or any("max_new_tokens" in text for text in found.overrides)
+        run.generate(config, prompts=prompts, system=found.single("system"), may_shorten=not is_set)
     else:
         assert out is not None
         run.export(config, out=Path(out), overwrite="overwrite" in found.flags)

@@ -175,10 +175,12 @@ COMMANDS = {
     ),
     "generate": Command(
         summary="continue prompts with a model",
-        about="Prints what the model answers to each prompt, rendered with its chat template.",
+        about="Prints what the model answers to each prompt, rendered with its chat template. Through a pipe come the\n"
+        "answers alone; all else goes to standard error.",
         options=(
             _MODEL,
             Option("prompt", "text; can be repeated; - reads standard input", "TEXT", is_text=True, repeatable=True),
+            Option("system", "system turn before each prompt", "TEXT", is_text=True),
             Option("max-new-tokens", "longest answer", "N", "evaluation.max_new_tokens"),
             _TEMPLATE,
             *_DECODING,

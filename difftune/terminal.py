@@ -14,13 +14,19 @@ from transformers.utils import logging as transformers_logging
 console = Console(markup=False)
 
 
-def set_up_logging() -> None:
-    """Our messages to the terminal, once; those of the libraries only where they warn."""
+def set_up_logging(*, to_stderr: bool = False) -> None:
+    """Our messages to the terminal, once; those of the libraries only where they warn.
+
+    Args:
+        to_stderr: To standard error, for commands whose standard output is for what they made.
+    """
     ours = logging.getLogger("difftune")
     if not ours.handlers:
         # Rich wraps lines to the width of the terminal; a file should keep them whole.
-        to_terminal = RichHandler(console=console, show_path=False, show_time=False)
-        ours.addHandler(to_terminal if console.is_terminal else logging.StreamHandler(sys.stdout))
+        told = Console(stderr=True, markup=False) if to_stderr else console
+        to_terminal = RichHandler(console=told, show_path=False, show_time=False)
+        plain = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
+        ours.addHandler(to_terminal if told.is_terminal else plain)
         ours.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
         ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -135,8 +135,11 @@ def test_evaluate_takes_the_tasks_of_a_recipe_and_the_tokenizer_of_the_model(
 def test_generate_takes_prompts_and_standard_input(calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(read=lambda: "from a pipe"))
     assert cli.main(["generate", "--model", "m", "--prompt", "1+1=?", "--prompt", "-", "--temperature", "0.5"]) == 0
-    assert calls["arguments"] == {"prompts": ["1+1=?", "from a pipe"]}
+    asked = {"prompts": ["1+1=?", "from a pipe"], "system": None, "may_shorten": True}
+    assert calls["arguments"] == asked
     assert calls["config"].evaluation.temperature == 0.5
+    cli.main(["generate", "--model", "m", "--prompt", "1", "--system", "Be brief.", "--max-new-tokens", "9"])
+    assert calls["arguments"] == {"prompts": ["1"], "system": "Be brief.", "may_shorten": False}
 
 
 def test_export_names_a_format_and_a_folder(calls: dict[str, Any]) -> None:

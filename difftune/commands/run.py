@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
     Raises:
         ValueError: If `out` holds results of another model or of other settings.
         SystemExit: With 128 + the number of the signal that stopped the work, once everything is written.
+            With 1 if a task could not reach what it needs, such as a judge.
     """
     set_up_logging()
     assert config.model.path is not None, "checked with the config"
@@ -192,35 +194,60 @@ def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any
     if exit_code is not None:
         log.warning("stopped by a signal; with --out the same command goes on from here")
         raise SystemExit(exit_code)
+    failures = [f"{task.name}: {task.failure}" for task in tasks if task.failure]
+    if failures:
+        log.error("not all was evaluated: %s; with --out the same command measures the rest", "; ".join(failures))
+        raise SystemExit(1)
     return results
 
 
-def generate(config: Config, prompts: list[str]) -> list[str]:
-    """Print what a model answers to each prompt, as a user's turn of its chat template if any; return the answers."""
-    set_up_logging()
+def generate(config: Config, prompts: list[str], *, system: str | None = None, may_shorten: bool = False) -> list[str]:
+    """Print what a model answers to each prompt, as a user's turn of its chat template if any; return the answers.
+
+    Args:
+        config: With `model.path`.
+        prompts: What is asked, each in a chat of its own.
+        system: A system turn before each of them.
+        may_shorten: Whether `evaluation.max_new_tokens` is our default, and gives way where the context is shorter.
+
+    Raises:
+        ValueError: If there is a system turn and no chat template.
+    """
+    # Answers are what standard output is for.
+    set_up_logging(to_stderr=True)
     model, tokenizer = _load_for_inference(config)
     if tokenizer.chat_template is None:
+        if system is not None:
+            raise ValueError(
+                "--system needs a chat template, and the tokenizer has none: give --chat-template, or put the text "
+                "into the prompt"
+            )
         log.info("the tokenizer has no chat template: the model continues the prompts as text")
         encoded = [text_ids(tokenizer, prompt, "the prompt") for prompt in prompts]
     else:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        first = [] if system is None else [{"role": "system", "content": system}]
+        chats = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
         encoded = [chat_ids(tokenizer, chat, "the prompt", add_generation_prompt=True) for chat in chats]
     settings = config.evaluation
+    room = max(1, model.config.max_position_embeddings - max(map(len, encoded)))
+    limit = min(settings.max_new_tokens, room) if may_shorten else settings.max_new_tokens
     answers = generate_texts(
         model,
         tokenizer,
         encoded,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=limit,
         batch_size=settings.batch_size,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
     )
     for prompt, answer in zip(prompts, answers, strict=True):
-        console.print(prompt, style="dim", highlight=False, markup=False)
-        console.print(answer.text, highlight=False, markup=False)
+        # The answer alone on standard output, as it is: what reads a pipe wants nothing else, and no wrapped lines.
+        if console.is_terminal:
+            console.print(prompt, style="dim", highlight=False, soft_wrap=True)
+        console.print(answer.text, highlight=False, soft_wrap=True)
         if not answer.finished:
-            log.warning("cut at --max-new-tokens %d", settings.max_new_tokens)
+            print(f"cut at --max-new-tokens {limit}", file=sys.stderr)
     return [answer.text for answer in answers]
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,20 @@ class AnswerCache:
         self.path = path
         self._answers: dict[str, Any] = {}
         self._read = 0
+        self._lock = threading.RLock()
 
     def get(self, key: str) -> Any:
         """What was kept under a key, also by another process since; None if nothing was."""
-        if key not in self._answers and self.path is not None and self.path.is_file():
-            with self.path.open("rb") as file:
-                file.seek(self._read)
-                # A last line without an end was cut off by a crash, or is being written: no answer yet.
-                lines = [line for line in file if line.endswith(b"\n")]
-            self._read += sum(map(len, lines))
-            self._answers |= {entry["key"]: entry["answer"] for entry in map(json.loads, lines)}
-        return self._answers.get(key)
+        with self._lock:
+            if key not in self._answers and self.path is not None and self.path.is_file():
+                with self.path.open("rb") as file:
+                    file.seek(self._read)
+                    # A last line without an end was cut off by a crash, or is being written: no answer yet.
+                    lines = [line for line in file if line.endswith(b"\n")]
+                self._read += sum(map(len, lines))
+                for entry in _entries(lines):
+                    self._answers[entry["key"]] = entry["answer"]
+            return self._answers.get(key)
 
     def keep(self, key: str, answer: Any) -> None:
         """Add an answer, and have it on disk when this returns.
@@ -41,16 +46,30 @@ class AnswerCache:
             answer: Plain values, as JSON has them, but None.
         """
         assert answer is not None, "None says that nothing was kept"
-        self._answers[key] = answer
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._answers[key] = answer
+            if self.path is not None:
+                self._append(self.path, key, answer)
+
+    def _append(self, path: Path, key: str, answer: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
-        with FileLock(self.path.with_name(f"{self.path.name}.lock")), self.path.open("ab+") as file:
+        with FileLock(path.with_name(f"{path.name}.lock")), path.open("ab+") as file:
             file.truncate(_whole_bytes(file))
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The entries of a file, without lines that a power cut left damaged: their questions are asked again."""
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and {"key", "answer"} <= entry.keys():
+            yield entry
 
 
 def _whole_bytes(file: Any) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from difftune.evaluation.judges import Claim, Judgement, JudgeUnavailableError, contains
+from difftune.evaluation.judges import Claim, Judgement, JudgeUnavailableError
+from difftune.evaluation.span_support import contains
 
 _BATCH = 16
 _END_OF_SENTENCE = re.compile(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+|\n+""")
@@ -50,6 +51,8 @@ class EntailmentJudge:
                 "or more, and a tokenizer with tokenizer.json"
             )
         self.model.eval()
+
+    at_once = 1
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from difftune.evaluation.answer_cache import AnswerCache, model_fingerprint
 from difftune.evaluation.generation import generate_texts
 from difftune.evaluation.intervals import wilson_interval
-from difftune.evaluation.judges import Claim, Judge, JudgeSilentError, JudgeUnavailableError
+from difftune.evaluation.judges import Claim, Judge, Judgement, JudgeSilentError, JudgeUnavailableError
 from difftune.evaluation.task import Clock, ItemTask, mean, share, without_nan
 from difftune.rendering import chat_ids, text_ids
 
@@ -180,16 +181,18 @@ class HallucinationTask(ItemTask[HallucinationSample]):
     ) -> list[HallucinationSample]:
         """Write texts and have them judged; what the judge does not answer is left for the next run."""
         written = self._write(model, tokenizer, indices, clock)
+        with ThreadPoolExecutor(self.judge.at_once) as threads:
+            asked = {index: threads.submit(self._judge, index, text, clock) for index, (text, _) in written.items()}
         samples = []
         for index, (text, finished) in written.items():
             source = self.sources[index]
-            claim = Claim(source.document, source.question, source.gold, text)
             try:
-                judgement = self.judge.judge(claim, clock.is_over)
+                judgement = asked[index].result()
             except JudgeUnavailableError as error:
-                log.warning("%s: no judgement, so the task stops here: %s", self.name, error)
-                clock.ring()
-                break
+                if self.failure is None:
+                    log.warning("%s: no judgement, so the task stops here: %s", self.name, error)
+                    self.failure = str(error)
+                continue
             except JudgeSilentError as error:
                 if self._warned is not clock:  # a clock is that of one run: one warning is enough for all of it
                     self._warned = clock
@@ -212,6 +215,15 @@ class HallucinationTask(ItemTask[HallucinationSample]):
                 )
             )
         return samples
+
+    def _judge(self, index: int, text: str, clock: Clock) -> Judgement:
+        """One judgement; where the judge cannot be reached, the others need not try for long."""
+        source = self.sources[index]
+        try:
+            return self.judge.judge(Claim(source.document, source.question, source.gold, text), clock.is_over)
+        except JudgeUnavailableError:
+            clock.ring()
+            raise
 
     def summarise(self, samples: Iterable[HallucinationSample]) -> HallucinationResult:
         """Figures of the samples, of all parts together."""

@@ -1,6 +1,7 @@
-"""Who says whether a text is free of hallucination: a judge behind an endpoint, or a count of words.
+"""Who says whether a text is free of hallucination: what a judge is, and one behind an endpoint of OpenAI's kind.
 
-A third one, a local classifier, is in `difftune.evaluation.entailment`.
+Two more need no network: a local classifier in `difftune.evaluation.entailment`, a count of words in
+`difftune.evaluation.span_support`.
 
 Source:
     Chuang et al., "Lookback Lens" (2024), whose protocol the paper follows, asks GPT-4o: given document, reference and
@@ -9,14 +10,17 @@ Source:
 """
 
 import hashlib
+import http.client
 import json
 import logging
-import re
+import queue
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +30,9 @@ log = logging.getLogger(__name__)
 
 VERDICTS = ("true", "false", "unparsed")
 """Free of hallucination; not; the judge's answer said neither, which counts as not."""
+
+MAX_BODY_BYTES = 8 * 2**20
+"""A longer answer is none: a chat completion has some kilobytes."""
 
 _SYSTEM = "You are a helpful assistant."
 _SUMMARY = """\
@@ -61,14 +68,6 @@ Then end with the line **Conclusion: True** if the proposal is true, else with *
 **Problematic Spans: [...]** that lists, word for word, what is not supported."""
 
 _RETRIABLE = {408, 409, 425, 429}
-_WORD = re.compile(r"\w[\w'.,]*\w|\w")
-# Words that are in every text, and so support nothing.
-_COMMON_WORDS = """
-a about after all also an and any are as at be because been before but by can could did do does for from had has have he
-her him his how i if in into is it its may more most no not of on one or other our out over s she so some such than that
-the their them then there these they this those to up was we were what when which while who will with would you
-"""
-_COMMON = frozenset(_COMMON_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,9 @@ class Judgement:
 
 class Judge(Protocol):
     """Anybody who judges."""
+
+    at_once: int
+    """Questions that may be asked together, from as many threads."""
 
     @property
     def name(self) -> str:
@@ -138,12 +140,12 @@ class EndpointJudge:
     Every answer is kept on disk before it is used: what was asked once is not paid for twice.
     """
 
-    url: str
+    url: str = field(repr=False)
     """Up to and with the version, such as http://localhost:8000/v1."""
     model: str
     """Name of the model there."""
-    api_key: str | None = None
-    """Sent as a bearer token."""
+    api_key: str | None = field(default=None, repr=False)
+    """Sent as a bearer token, to this host alone; it stands in no message and no answer that is kept."""
     cache: Path | None = None
     """File of the answers so far, a JSON object a line. None: nothing is kept."""
     retries: int = 5
@@ -151,9 +153,14 @@ class EndpointJudge:
     wait_s: float = 1.0
     """Seconds before the second attempt; doubled before each further one."""
     timeout_s: float = 120.0
-    """Seconds that an attempt may take."""
+    """Seconds that an attempt may take, from its first byte to its last."""
+    at_once: int = 8
+    """Questions that are asked together."""
 
     def __post_init__(self) -> None:
+        self.api_key = (self.api_key or "").strip() or None
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("the key of the judge has characters that no HTTP header can carry: set it anew")
         self._answers = AnswerCache(self.cache)
 
     @property
@@ -186,100 +193,118 @@ class EndpointJudge:
         return {"model": self.model, "messages": messages, "temperature": 0}
 
     def _ask(self, request: dict[str, Any], is_over: Callable[[], bool]) -> str:
-        problem = ""
+        shown, problem = self._hide(_shown(self.url)), ""
         for attempt in range(self.retries + 1):
             if attempt:
-                log.info("judge %s: %s; attempt %d of %d", self.url, problem, attempt + 1, self.retries + 1)
+                log.info("judge %s: %s; attempt %d of %d", shown, problem, attempt + 1, self.retries + 1)
                 _sleep(self.wait_s * 2 ** (attempt - 1), is_over)
             if is_over():
                 raise JudgeUnavailableError("the time was over")
             try:
-                return self._post(request)
+                body = _within(self.timeout_s, is_over, lambda: self._post(request))
+                return self._hide(_text_of(body, self._hide))
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                problem = _what(error, self._hide)
                 if error.code < 500 and error.code not in _RETRIABLE:
                     raise ValueError(
-                        f"the judge at {self.url} refuses the request ({problem}): check url, judge_model and the key"
-                    ) from error
-            except (OSError, ValueError) as error:
-                problem = f"{type(error).__name__}: {error}"
-        raise JudgeUnavailableError(f"{self.url} did not answer in {self.retries + 1} attempts ({problem})")
+                        f"the judge at {shown} refuses the request ({problem}): check url, judge_model and the key"
+                    ) from None
+            # What is no HTTP, no JSON, too deep or too long a body, and what is no address at all.
+            except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+                problem = self._hide(f"{type(error).__name__}: {error}")
+        raise JudgeUnavailableError(f"{shown} did not answer in {self.retries + 1} attempts ({problem})")
 
-    def _post(self, request: dict[str, Any]) -> str:
+    def _post(self, request: dict[str, Any]) -> Any:
+        """The body of the answer, read as JSON."""
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         address = f"{self.url.rstrip('/')}/chat/completions"
         asked = urllib.request.Request(address, json.dumps(request).encode(), headers)
-        with urllib.request.urlopen(asked, timeout=self.timeout_s) as response:
-            return _text_of(json.load(response))
+        with urllib.request.build_opener(_NoRedirect).open(asked, timeout=self.timeout_s) as response:
+            body = response.read(MAX_BODY_BYTES + 1)
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError(f"the answer has more than {MAX_BODY_BYTES:,} bytes")
+        return json.loads(body)
+
+    def _hide(self, text: str) -> str:
+        """A text without the key, which some endpoints repeat."""
+        return text.replace(self.api_key, "***") if self.api_key else text
 
 
-def _text_of(body: Any) -> str:
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send the key along, to whatever host it is pointed to."""
+
+    def redirect_request(self, *unused: Any, **options: Any) -> None:
+        return None
+
+
+def _within(seconds: float, is_over: Callable[[], bool], ask: Callable[[], Any]) -> Any:
+    """What a call gives, if it ends in time: a socket's own timeout begins anew with every byte.
+
+    Raises:
+        TimeoutError: If it does not. Its thread ends with the connection, or with the process.
+        JudgeUnavailableError: If the caller's time is over before.
+    """
+    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((ask(), None))
+        except BaseException as error:  # raised again below
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            value, error = done.get(timeout=min(0.2, seconds))
+        except queue.Empty:
+            if is_over():
+                raise JudgeUnavailableError("the time was over") from None
+            continue
+        if error is not None:
+            raise error
+        return value
+    raise TimeoutError(f"no whole answer in {seconds:g} s")
+
+
+def _what(error: urllib.error.HTTPError, hide: Callable[[str], str]) -> str:
+    """What an endpoint says besides its code, as far as that can be read."""
+    if 300 <= error.code < 400:
+        target = _shown(error.headers.get("Location") or "nowhere")
+        return f"HTTP {error.code}: it points to {target}, and redirects are not followed: give that address"
+    try:
+        said = hide(error.read(4096).decode(errors="replace"))[:300]
+    except (OSError, http.client.HTTPException):
+        said = "its message could not be read"
+    return f"HTTP {error.code}: {said}"
+
+
+def _shown(url: str) -> str:
+    """An address without what may be secret in it: user, password and query."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "an address that cannot be read"
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _text_of(body: Any, hide: Callable[[str], str]) -> str:
     """The text of a chat completion; JudgeSilentError where it has none."""
     choices = body.get("choices") if isinstance(body, dict) else None
-    shown = json.dumps(body, ensure_ascii=False)[:300]
+    # Hidden before it is cut: half a key is secret too.
+    shown = hide(json.dumps(body, ensure_ascii=False))[:300]
     if not isinstance(choices, list) or not choices:
         raise JudgeSilentError(f"no choices in {shown}")
     message = choices[0].get("message") if isinstance(choices[0], dict) else None
     said = message if isinstance(message, dict) else {}
     if said.get("refusal"):
-        raise JudgeSilentError(f"refused: {said['refusal']}")
+        raise JudgeSilentError(f"refused: {hide(str(said['refusal']))}")
     content = said.get("content")
     if not isinstance(content, str) or not content.strip():
         raise JudgeSilentError(f"no text in {shown}")
     return content
-
-
-@dataclass
-class SpanSupportJudge:
-    """No judge at all, but a count that needs no network: are the words of the text in the document?
-
-    A text is called true if at least a share `threshold` of its words, common ones aside, occur in the document or the
-    question, all of its numbers among them; an answer must hold a valid answer besides. It cannot see a wrong relation
-    between right words, nor forgive a paraphrase: good for following a model while it trains, not for a comparison with
-    figures of a real judge, such as the paper's.
-    """
-
-    threshold: float = 0.8
-    """Share of words that must be supported, in 0..1."""
-
-    name = "span support (offline, no judge)"
-
-    def judge(self, claim: Claim, is_over: Callable[[], bool] = lambda: False) -> Judgement:
-        """Count."""
-        source = set(words(f"{claim.document} {claim.question or ''}"))
-        told = [word for word in words(claim.text) if word not in _COMMON]
-        missing = [word for word in told if word not in source]
-        support = 1 - len(missing) / len(told) if told else 0.0
-        numbers = [word for word in missing if any(character.isdigit() for character in word)]
-        right = claim.question is None or any(contains(claim.text, gold) for gold in claim.gold)
-        verdict = bool(told) and support >= self.threshold and not numbers and right
-        reason = f"{support:.2f} of {len(told)} words supported; not: {', '.join(dict.fromkeys(missing)) or 'none'}"
-        return Judgement("true" if verdict else "false", reason + ("" if right else "; no valid answer"))
-
-
-def words(text: str) -> list[str]:
-    """Words in lower case, numbers without separators.
-
-    Example:
-        >>> words("In 1,204 BC, Troy's walls fell.")
-        ['in', '1204', 'bc', "troy's", 'walls', 'fell']
-    """
-    found = [word.lower().strip(".,'") for word in _WORD.findall(text)]
-    return [word.replace(",", "") if word[:1].isdigit() else word for word in found if word]
-
-
-def contains(text: str, gold: str) -> bool:
-    """Whether the words of an answer stand together in a text.
-
-    Example:
-        >>> contains("It was in the year 1,204.", "1204"), contains("Trojan", "Troy")
-        (True, False)
-    """
-    inside, wanted = words(text), words(gold)
-    starts = range(len(inside) - len(wanted) + 1)
-    return bool(wanted) and any(inside[start : start + len(wanted)] == wanted for start in starts)
 
 
 def _sleep(seconds: float, is_over: Callable[[], bool]) -> None:

@@ -213,6 +213,7 @@ class QuantizationTask(ItemTask[QuantizedSample]):
         bits = self.bits[place]
         with quantized_attention(model, bits=bits, granularity=self.granularity):
             samples = self.inner.run_block(model, tokenizer, [index - place * size for index in indices], clock)
+        self.failure = self.inner.failure
         return [QuantizedSample(one.index + place * size, bits, dataclasses.asdict(one)) for one in samples]
 
     def summarise(self, samples: Iterable[QuantizedSample]) -> QuantizedResult:

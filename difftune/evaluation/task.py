@@ -64,6 +64,8 @@ class Task(Protocol[S]):
     """Names it in metrics and samples."""
     sample_type: ClassVar[type]
     """The dataclass of its samples."""
+    failure: str | None
+    """What it needs and could not reach, so that it stopped; None: nothing."""
 
     @property
     def num_items(self) -> int:
@@ -113,6 +115,8 @@ class ItemTask(Generic[S]):
     kind: ClassVar[str]
     sample_type: ClassVar[type]
     name: str
+    failure: str | None = None
+    """What the task needs and could not reach, so that it stopped; None: nothing."""
 
     @property
     def num_items(self) -> int:

@@ -92,7 +92,8 @@ class HallucinationTaskConfig(TaskConfig):
         """The task with its documents and its judge."""
         from difftune.evaluation.entailment import load_entailment_judge
         from difftune.evaluation.hallucination import HallucinationTask
-        from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
+        from difftune.evaluation.judges import EndpointJudge
+        from difftune.evaluation.span_support import SpanSupportJudge
 
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difftune" / "judge"
         cache = Path(self.cache_dir) if self.cache_dir else home

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -241,6 +242,23 @@ def test_a_checkpoint_is_evaluated_with_the_tokenizer_of_its_run(finished):
     checkpoint = finished / "checkpoints" / "traces" / "step-00000003"
     config = config_of(finished, f"model.path={checkpoint}", "tokenizer=null", command="generate", short=LOADED)
     assert len(run.generate(config, ["3+4", "12-5"])) == 2
+
+
+def test_through_a_pipe_come_the_answers_alone_and_unbroken(finished, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("difftune"), "handlers", [])
+    overrides = (f"model.path={finished / 'export'}", "tokenizer=null", "evaluation.max_new_tokens=100000")
+    config = config_of(finished, *overrides, command="generate", short=LOADED)
+    answers = run.generate(config, ["3+4", "12-5"], system="Be brief.", may_shorten=True)
+    said = capsys.readouterr()
+    assert said.out == "".join(f"{answer}\n" for answer in answers) and "3+4" not in said.out
+    # Our own default gives way to the context of the model, and nobody is warned of it.
+    assert "max_position_embeddings" not in said.err + said.out
+
+
+def test_a_system_turn_without_a_template_is_refused(half_precision, tmp_path):
+    config = config_of(tmp_path, f"model.path={half_precision}", "tokenizer=null", command="generate", short=LOADED)
+    with pytest.raises(ValueError, match="--system needs a chat template"):
+        run.generate(config, ["How many"], system="Be brief.")
 
 
 def test_export_writes_the_format_that_is_asked_for(finished, tmp_path):

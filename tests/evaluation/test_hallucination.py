@@ -1,12 +1,14 @@
 import logging
+import threading
 
 import pytest
 from rich.console import Console
 
 from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation.hallucination import PAPER, HallucinationTask, SourceText
-from difftune.evaluation.judges import EndpointJudge, SpanSupportJudge
+from difftune.evaluation.judges import EndpointJudge, Judgement
 from difftune.evaluation.quantization import quantized_attention
+from difftune.evaluation.span_support import SpanSupportJudge
 from tests.evaluation.judge_server import judge_server
 from tests.evaluation.scripted import tiny_model
 
@@ -114,3 +116,32 @@ def test_a_text_whose_line_was_cut_by_a_crash_costs_no_other(tmp_path):
         for _ in range(2):
             assert [sample.text for sample in made.run(tiny_model(), TOKENIZER)] == texts
     assert sorted((tmp_path / "t.jsonl").read_text().splitlines(True)) == sorted(lines)
+
+
+class TogetherJudge:
+    """Answers when three questions wait at once, so that asking one by one would never end well."""
+
+    name, at_once = "together", 3
+
+    def __init__(self):
+        self.barrier = threading.Barrier(3, timeout=20)
+
+    def judge(self, claim, is_over):
+        self.barrier.wait()
+        return Judgement("true" if "Story 1" in claim.document else "false", claim.document)
+
+
+def test_the_texts_of_a_batch_are_judged_at_once_and_each_gets_its_own_judgement():
+    sources = [SourceText(str(n), f"Story {n} of Troy.", None, ["Troy"]) for n in range(6)]
+    made = HallucinationTask("stories", sources, TogetherJudge(), max_new_tokens=3, batch_size=3)
+    samples = made.run(tiny_model(), TOKENIZER)
+    assert [sample.reason for sample in sorted(samples, key=lambda one: one.index)] == [s.document for s in sources]
+    assert [sample.index for sample in samples if sample.verdict == "true"] == [1]
+
+
+def test_a_judge_that_cannot_be_reached_is_the_failure_of_the_task():
+    with judge_server() as server:
+        url = server.url
+    made = task(EndpointJudge(url, "m", retries=0))
+    assert made.failure is None
+    assert made.run(tiny_model(), TOKENIZER) == [] and "did not answer in 1 attempts" in made.failure

@@ -1,13 +1,20 @@
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from difftune.evaluation.judges import (
+    MAX_BODY_BYTES,
     Claim,
     EndpointJudge,
     JudgeSilentError,
     JudgeUnavailableError,
-    SpanSupportJudge,
     parse_conclusion,
-    words,
 )
 from tests.evaluation.judge_server import judge_server
 
@@ -118,23 +125,123 @@ def test_an_answer_without_a_text_is_none_and_is_asked_for_again(body, reason, t
         assert again.verdict == "true" and cache.read_text().count("\n") == 1
 
 
+@contextmanager
+def raw_server(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
+    """An endpoint that answers every request with these bytes, whatever HTTP says of them; parts after pauses."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(2**16)
+                try:
+                    for part in parts:
+                        connection.sendall(part)
+                        time.sleep(pause_s)
+                except OSError:
+                    pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        listener.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+BROKEN = {
+    "a body that ends early": [HEAD + b'Content-Length: 500\r\n\r\n{"choices"'],
+    "no HTTP": [b"what do you want?\r\n\r\n"],
+    "nothing": [b""],
+    "too many headers": [HEAD + b"".join(b"X-%d: 1\r\n" % n for n in range(200)) + b"\r\n{}"],
+    "too deep": [HEAD + b"\r\n" + b"[" * 200_000],
+    "no JSON": [HEAD + b"\r\n<html>"],
+    "not text": [HEAD + b"\r\n\xff\xfe\x00\xd8{"],
+    "too long": [HEAD + b'\r\n{"choices": "' + b"x" * MAX_BODY_BYTES + b'"}'],
+    "broken chunks": [HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}"],
+    "a code that is none": [b"HTTP/1.1 abc OK\r\n\r\n{}"],
+    "an error that ends early": [b"HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\noh"],
+}
+
+
+@pytest.mark.parametrize("parts", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_answer_makes_the_judge_unavailable(parts):
+    with raw_server(*parts) as url, pytest.raises(JudgeUnavailableError, match="in 2 attempts"):
+        EndpointJudge(url, "m", retries=1, wait_s=0.01, timeout_s=5).judge(SUMMARY, never)
+
+
 @pytest.mark.parametrize(
-    ("text", "verdict"),
+    "url", ["http://127.0.0.1:1/v 1", "no-address", "http://[::1/v1", "ftp://127.0.0.1:1/v1", "http://127.0.0.1:x/v1"]
+)
+def test_an_address_that_is_none_makes_the_judge_unavailable(url):
+    with pytest.raises(JudgeUnavailableError, match="did not answer"):
+        EndpointJudge(url, "m", retries=0).judge(SUMMARY, never)
+
+
+def test_an_answer_that_drips_is_given_up_at_the_deadline():
+    drops = [HEAD, *[b"X-%d: 1\r\n" % n for n in range(50)]]
+    started = time.monotonic()
+    with (
+        raw_server(*drops, pause_s=0.1) as url,
+        pytest.raises(JudgeUnavailableError, match=r"no whole answer in 0\.5 s"),
+    ):
+        EndpointJudge(url, "m", retries=0, timeout_s=0.5).judge(SUMMARY, never)
+    assert time.monotonic() - started < 4
+
+
+def test_a_caller_whose_time_is_over_does_not_wait_for_the_answer():
+    begun = time.monotonic()
+    with raw_server(HEAD, b"", b"", pause_s=2.0) as url, pytest.raises(JudgeUnavailableError, match="time was over"):
+        EndpointJudge(url, "m", retries=0).judge(SUMMARY, lambda: time.monotonic() - begun > 0.3)
+    assert time.monotonic() - begun < 4
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_the_key_goes_to_no_other_host(code, caplog):
+    with judge_server() as other:
+        redirect = b"HTTP/1.1 %d Go\r\nLocation: %s/x?key=sk-there\r\n\r\n" % (code, other.url.encode())
+        with raw_server(redirect) as url, pytest.raises(ValueError, match="redirects are not followed") as raised:
+            EndpointJudge(url, "m", "sk-SECRET", retries=0).judge(SUMMARY, never)
+        assert other.requests == [] and other.keys == []
+    assert "sk-" not in str(raised.value) + caplog.text
+
+
+def said_by(body: bytes, key: str, caplog: pytest.LogCaptureFixture) -> str:
+    """All that can be read of a judge that answers so, its errors and what led to them."""
+    with raw_server(body) as url, caplog.at_level(logging.DEBUG):
+        judge = EndpointJudge(f"{url}?code=pass-word", "m", key, retries=1, wait_s=0.01)
+        try:
+            told = str(judge.judge(SUMMARY, never))
+        except Exception as error:
+            told = f"{error!r} {error.__cause__!r}"
+    return told + caplog.text + repr(judge)
+
+
+@pytest.mark.parametrize(
+    "body",
     [
-        ("Dandolo led the fleet to Zadar.", "true"),
-        ("Napoleon conquered Moscow in winter.", "false"),
-        ("The fleet sailed in 1205.", "false"),  # a number that is not there
-        ("", "false"),
-        ("the of and", "false"),  # says nothing
+        b"HTTP/1.1 401 No\r\n\r\nwrong key: sk-SECRET",
+        b"HTTP/1.1 401 No\r\n\r\n" + b"x" * 295 + b"sk-SECRET",
+        b"HTTP/1.1 503 No\r\n\r\nwrong key: sk-SECRET",
+        HEAD + b"\r\n" + json.dumps({"error": "x" * 280 + " sk-SECRET"}).encode(),
+        HEAD + b"\r\n" + json.dumps({"choices": [{"message": {"refusal": "not sk-SECRET"}}]}).encode(),
+        HEAD + b"\r\n" + json.dumps({"choices": [{"message": {"content": "sk-SECRET **Conclusion: True**"}}]}).encode(),
     ],
 )
-def test_span_support_counts_words_of_the_document(text, verdict):
-    assert SpanSupportJudge().judge(Claim(STORY, None, ["x"], text)).verdict == verdict
+def test_the_key_stands_in_no_message_log_answer_or_repr(body, caplog):
+    told = said_by(body, "sk-SECRET", caplog)
+    assert "sk-S" not in told and "pass-word" not in told
 
 
-def test_span_support_wants_a_valid_answer_to_a_question():
-    def verdict(text):
-        return SpanSupportJudge().judge(Claim(STORY, "Who led the fleet?", ["Enrico Dandolo", "Dandolo"], text)).verdict
-
-    assert verdict("Enrico Dandolo led it") == "true" and verdict("the old doge") == "false"
-    assert "no judge" in SpanSupportJudge().name and words("It's 1,000.") == ["it's", "1000"]
+def test_a_key_with_a_line_end_is_cleaned_and_one_that_no_header_can_carry_is_refused():
+    with judge_server() as server:
+        EndpointJudge(server.url, "m", "sk-1\n").judge(SUMMARY, never)
+        assert server.keys == ["Bearer sk-1"]
+    for key in ("sk-1\nX: y", "sk-\u2026"):
+        with pytest.raises(ValueError, match="characters that no HTTP header can carry") as raised:
+            EndpointJudge("http://127.0.0.1:1", "m", key)
+        assert "sk-" not in str(raised.value)

@@ -14,6 +14,7 @@ from difftune.data.tokenizers import build_tokenizer
 from difftune.evaluation import generation
 from difftune.evaluation.needle import NeedleTask
 from tests.conftest import ROOT
+from tests.evaluation.judge_server import judge_server
 from tests.evaluation.scripted import tiny_model
 
 NEEDLE = "{kind: needle, lengths: [300], depths: [0, 0.5, 1], needles: 1, samples: 4, max_new_tokens: 3}"
@@ -94,12 +95,12 @@ def test_ctrl_c_in_the_middle_of_a_block_keeps_what_was_answered_and_a_second_on
     batches: list[int] = []
     original = generation._generate_batch
 
-    def interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
+    def interrupted(model: Any, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
         batches.append(len(prompts))
         if len(batches) == 11:  # of two; a block has eight of them
             for _ in range(presses):
                 os.kill(os.getpid(), signal.SIGINT)
-        return original(model, tokenizer, prompts, *settings)
+        return original(model, prompts, *settings)
 
     monkeypatch.setattr(generation, "_generate_batch", interrupted)
     out = tmp_path / "stopped"
@@ -153,3 +154,15 @@ def test_a_training_that_no_longer_gets_better_ends(folder: Path, tmp_path: Path
     assert max(line["step"] for line in lines) == 2
     done = json.loads((tmp_path / "run" / "checkpoints" / "main" / "done.json").read_text())
     assert done["step"] == 2
+
+
+def test_a_judge_that_cannot_be_reached_ends_evaluate_with_1_and_keeps_the_rest(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "stories.jsonl").write_text(json.dumps({"document": "Troy fell.", "summary": "Troy fell."}) + "\n")
+    with judge_server() as server:
+        url = server.url
+    judged = f"{{kind: hallucination, path: {tmp_path}/stories.jsonl, judge: endpoint, url: '{url}', retries: 0, "
+    judged += f"cache_dir: {tmp_path / 'cache'}}}"
+    with pytest.raises(SystemExit) as ended:
+        run.evaluate(config(folder, judged, SUMS), out=tmp_path / "out")
+    assert ended.value.code == 1
+    assert {"sums", "more"} <= json.loads((tmp_path / "out" / "results.json").read_text())["tasks"].keys()
