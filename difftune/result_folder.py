@@ -14,11 +14,14 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from difftune.evaluation.task import Task
+from difftune.small_files import read_json_mapping, read_whole_lines
+from difftune.writing import one_writer, write_whole
 
 
 class ResultFolder:
@@ -30,6 +33,25 @@ class ResultFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def writing(self, *, is_first: bool) -> AbstractContextManager[None]:
+        """Hold the folder as its one writer, if this is the first process.
+
+        Raises:
+            ValueError: If another process writes there, or if it holds files and no results.
+        """
+        if not is_first:
+            return nullcontext()
+        return one_writer(self.path, name="--out", what="results", is_ours=self.is_results)
+
+    def is_results(self) -> bool:
+        """Whether the folder holds results, which may be damaged."""
+        try:
+            return "tasks" in read_json_mapping(self.path / "settings.json")
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return (self.path / "samples").is_dir()
 
     def open(self, settings: dict[str, Any]) -> None:
         """Make the folder, or find that it holds results of the same settings, which then go on.
@@ -43,7 +65,7 @@ class ResultFolder:
         """
         file = self.path / "settings.json"
         if file.is_file():
-            old = json.loads(file.read_text(encoding="utf-8"))
+            old = read_json_mapping(file)
             wanted = json.loads(json.dumps(settings))
             changed = [key for key in {*old, *wanted} - {"tasks"} if old.get(key) != wanted.get(key)]
             both = old["tasks"].keys() & wanted["tasks"].keys()
@@ -61,11 +83,10 @@ class ResultFolder:
         file = self._samples_file(task.name)
         if not file.is_file():
             return []
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            self._write(f"samples/{task.name}.jsonl", "".join(whole))
-        return [task.sample_type(**json.loads(line)) for line in whole]
+        whole = read_whole_lines(file)
+        if file.read_bytes().count(b"\n") > len(whole) or not file.read_bytes().endswith(b"\n"):
+            self._write(f"samples/{task.name}.jsonl", "".join(json.dumps(line) + "\n" for line in whole))
+        return [task.sample_type(**line) for line in whole]
 
     def append(self, name: str, samples: Sequence[Any]) -> None:
         """Add samples of a task, and have them on disk when this returns."""
@@ -83,7 +104,7 @@ class ResultFolder:
     def results(self) -> dict[str, Any]:
         """The figures by task name that were written before."""
         file = self.path / "results.json"
-        return json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() else {}
+        return read_json_mapping(file)["tasks"] if file.is_file() else {}
 
     def write(self, model: str, results: dict[str, dict[str, Any]], metrics: dict[str, float], step: int) -> None:
         """Write results and metrics.
@@ -97,7 +118,7 @@ class ResultFolder:
         merged = {**self.results(), **results}
         self._write("results.json", json.dumps({"model": model, "tasks": merged}, indent=2) + "\n")
         file = self.path / "metrics.jsonl"
-        old = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        old = read_whole_lines(file)
         shared = {"stage": "evaluate", "time": round(time.time(), 3)}
         new = [
             {
@@ -109,7 +130,7 @@ class ResultFolder:
             }
             for name, value in metrics.items()
         ]
-        kept = [line for line in old if line["name"] not in metrics]
+        kept = [line for line in old if line.get("name") not in metrics]
         self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, *new]))
 
     def _samples_file(self, name: str) -> Path:
@@ -117,8 +138,4 @@ class ResultFolder:
 
     def _write(self, name: str, text: str) -> None:
         """Write a file in one go: an interruption leaves the old one."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(self.path / name, text)

@@ -15,6 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from difftune.writing import write_whole
+
 log = logging.getLogger(__name__)
 
 LOGGERS = ("jsonl", "tensorboard", "wandb", "mlflow")
@@ -107,6 +109,8 @@ class MetricsLogger(Logger):
                 file.truncate(size)
                 file.seek(size)
                 file.write(self._waiting)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             log.warning("%s cannot be written (%s): will try again", self.path, error)
             return
@@ -115,13 +119,10 @@ class MetricsLogger(Logger):
 
     def _prepare(self) -> int:
         """Make the file, or take out of it the lines that this run will write again; return its size."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         old = self.path.read_bytes() if self.path.exists() else b""
         kept = b"".join(line for line in old.splitlines(keepends=True) if self._keeps(line))
         if kept != old or not old:
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_bytes(kept)
-            os.replace(temporary, self.path)
+            write_whole(self.path, kept)
         return len(kept)
 
     def _keeps(self, line: bytes) -> bool:
