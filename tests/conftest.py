@@ -46,6 +46,22 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def padding_fails_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the attention to padded batches that autocast alone brings out."""
+    from difftune.modeling import modeling
+
+    right = modeling.key_padding_mask
+
+    def wrong(*arguments: Any) -> torch.Tensor | None:
+        mask = right(*arguments)
+        if mask is not None and torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("value cannot be converted without overflow")
+        return mask
+
+    monkeypatch.setattr(modeling, "key_padding_mask", wrong)
+
+
 @pytest.fixture(scope="session")
 def smollm2_conversion(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """SmolLM2-135M of its wheel as a V2 model, converted once for all tests marked `real`; to be read only."""

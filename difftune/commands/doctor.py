@@ -28,6 +28,7 @@ from difftune.ops.triton import coverage
 from difftune.terminal import console, is_first_rank, set_up_logging
 from difftune.training.devices import device_problem
 from difftune.training.strategies import kind_of_device
+from difftune.verification.precision import describe, try_precision
 
 FLASH_ATTN = "2.8.3"
 """The flash-attn whose wheel is named: the last one of version 2 that the extra `flash` asks for."""
@@ -71,6 +72,7 @@ def diagnose(config_file: str | None, overrides: Sequence[str] = ()) -> int:
         except (ValueError, FileNotFoundError) as error:
             found.append(Finding("recipe", "fault", str(error)))
     found += [*find_versions(), *find_devices(config), *find_backends(config), find_wheel()]
+    found += find_trials(config, can_run=not any(finding.kind == "fault" for finding in found))
     found += [*reach_ranks_of(config), *find_disk(config), find_shared_memory(config), *find_hub(config)]
     faults = [finding for finding in found if finding.kind == "fault"]
     if is_first_rank():
@@ -174,6 +176,38 @@ def find_backends(config: Config | None) -> list[Finding]:
             found.append(Finding(f"backend {name}", "fault" if asked == name else "note", reason))
     if config is not None and config.model.quantization is not None and not importlib.util.find_spec("bitsandbytes"):
         found.append(Finding("bitsandbytes", "fault", "not installed, and model.quantization needs it"))
+    return found
+
+
+def find_trials(config: Config | None, *, can_run: bool = True) -> list[Finding]:
+    """Whether a step and a padded generated batch work in the precision of each stage.
+
+    They are tried on two narrow layers with the attention of the recipe's model, so that any model is tried quickly.
+
+    Args:
+        config: The recipe.
+        can_run: Nothing that a trial needs is missing.
+    """
+    if config is None or not is_first_rank():
+        return []
+    if not can_run:
+        return [Finding("trial", "note", "no step was tried: mend the faults above first")]
+    from difftune.plan.model import architecture
+
+    found = []
+    shape, dtype = architecture(config), getattr(torch, config.model.dtype)
+    stages = [(stage.trainer.precision, stage.trainer.accelerator) for stage in config.resolved_stages()]
+    for precision, accelerator in dict.fromkeys(stages):
+        what = f"trial in {precision}"
+        try:
+            trial = try_precision(
+                shape, precision, accelerator, dtype=dtype, attention_backend=config.model.attention_backend
+            )
+        except (ValueError, RuntimeError) as error:
+            found.append(Finding(what, "fault", str(error)))
+        else:
+            text = "one step and one padded generated batch of two layers with the recipe's attention, weights in "
+            found.append(Finding(what, "ok", f"{text}{config.model.dtype}: {describe(trial)}"))
     return found
 
 

@@ -17,6 +17,7 @@ from difftune.environment import total_memory_bytes
 from difftune.evaluation.task import Task
 from difftune.training.callbacks import peak_memory_gib
 from difftune.training.finetune import FinetuneModule
+from difftune.training.trial import build_bare_trainer, take_trial
 
 SAMPLE_CHARACTERS = 2000
 
@@ -41,9 +42,16 @@ def report_size(console: Console, count: int, needed: int) -> bool:
 
 
 def dry_run_stage(
-    console: Console, name: str, data: SFTDataModule, module: FinetuneModule, tasks: Sequence[Task[Any]]
+    console: Console,
+    name: str,
+    data: SFTDataModule,
+    module: FinetuneModule,
+    tasks: Sequence[Task[Any]],
+    *,
+    precision: str,
+    accelerator: str,
 ) -> None:
-    """Print the statistics and one sample of a stage's data, then take one optimiser step on one micro-batch.
+    """Print the statistics and one sample of a stage's data, then take one optimiser step and generate one batch.
 
     Args:
         console: Where to.
@@ -51,6 +59,11 @@ def dry_run_stage(
         data: The stage's data.
         tasks: The stage's evaluation, of which the sizes are shown.
         module: The stage's module; if its model is on the meta device, for being too large, no step is taken.
+        precision: The Trainer's, of the step and of the batch.
+        accelerator: The Trainer's.
+
+    Raises:
+        ValueError: If the step or the generation fails in this precision.
     """
     console.rule(f"stage {name}", align="left")
     console.print(data.prepare().table(), highlight=False)
@@ -71,12 +84,11 @@ def dry_run_stage(
             highlight=False,
         )
         return
-    started = time.perf_counter()
-    _bare_trainer(max_steps=1).fit(module, data)
-    loss, norm = module.logged["train/loss"], module.logged["train/grad_norm"]
+    trial = take_trial(module, data, precision=precision, accelerator=accelerator)
     console.print(
-        f"\none step on one micro-batch: loss {loss:.4f} nats a label token, gradient norm {norm:.3f}, "
-        f"{time.perf_counter() - started:.1f} s with start-up, peak memory {peak_memory_gib(module.device):.2f} GiB",
+        f"\none step on one micro-batch: loss {trial.loss:.4f} nats a label token, gradient norm "
+        f"{trial.grad_norm:.3f}, {trial.seconds:.1f} s with start-up, peak memory {trial.peak_memory_gib:.2f} GiB\n"
+        f"one padded batch: {trial.generated} tokens generated for each of two prompts; step and batch in {precision}",
         highlight=False,
     )
 
@@ -92,27 +104,13 @@ class StepCost:
     """Positions of the micro-batch, padding included."""
 
 
-def measure_step(module: FinetuneModule, data: SFTDataModule, accelerator: str) -> StepCost:
+def measure_step(module: FinetuneModule, data: SFTDataModule, accelerator: str, precision: str) -> StepCost:
     """Take three optimiser steps of one micro-batch each on one device, and time the last two."""
     clock = _Clock()
-    _bare_trainer(max_steps=3, accelerator=accelerator, callbacks=[clock]).fit(module, data)
+    trainer = build_bare_trainer(max_steps=3, accelerator=accelerator, precision=precision, callbacks=[clock])
+    trainer.fit(module, data)
     seconds = (clock.ends[-1] - clock.ends[0]) / max(1, len(clock.ends) - 1)
     return StepCost(seconds, peak_memory_gib(module.device), module.tokens_seen // len(clock.ends))
-
-
-def _bare_trainer(**settings: Any) -> Trainer:
-    """One device, one micro-batch a step, and nothing written."""
-    return Trainer(
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        devices=1,
-        gradient_clip_val=1.0,
-        **settings,
-    )
 
 
 class _Clock(Callback):

@@ -249,9 +249,8 @@ def _cost(
     try:
         model = build_model(config.model, tokenizer, config.seed)
         adapted = build_adapter(config, model)
-        return measure_step(
-            build_module(stage, model, data, tokenizer, adapted=adapted), data, stage.trainer.accelerator
-        )
+        module = build_module(stage, model, data, tokenizer, adapted=adapted)
+        return measure_step(module, data, stage.trainer.accelerator, stage.trainer.precision)
     except (ValueError, RuntimeError, MemoryError) as error:
         log.warning("no speed was measured, since no step could be taken here: %s", error)
         return None

@@ -367,7 +367,15 @@ def _dry_run(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         cache_dir = Path(config.run_dir) / "cache" if stored else None
         data = build_data(stage, tokenizer, cache_dir=cache_dir, keep_rows=False)
         module = build_module(stage, model, data, tokenizer, adapted=adapted)
-        dry_run_stage(console, stage.name, data, module, build_tasks(stage.evaluation))
+        dry_run_stage(
+            console,
+            stage.name,
+            data,
+            module,
+            build_tasks(stage.evaluation),
+            precision=stage.trainer.precision,
+            accelerator=stage.trainer.accelerator,
+        )
 
 
 def _load_for_inference(

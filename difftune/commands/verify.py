@@ -18,6 +18,7 @@ from difftune.verification.backends import verify_backends
 from difftune.verification.claim import Claim
 from difftune.verification.files import verify_files
 from difftune.verification.model import verify_model
+from difftune.verification.precision import verify_precisions
 from difftune.verification.small import small_like
 from difftune.verification.training import verify_training
 
@@ -89,6 +90,7 @@ def _claims(model: DiffTransformerForCausalLM, where: torch.device, folder: Path
     yield from verify_files(config, folder)
     devices = 2 if where.type == "cpu" else torch.cuda.device_count() if where.type == "cuda" else 1
     accelerator = {"cpu": "cpu", "cuda": "gpu"}.get(where.type, where.type)
+    yield from verify_precisions(config, accelerator=accelerator)
     yield from verify_training(config, folder, accelerator=accelerator, devices=devices)
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from difftune.evaluation.answer_text import CJK
 
 _TEXT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname|rm)\b\s*"
-_COMMAND = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}|\\[A-Za-z]+")
+_COMMAND = re.compile(rf"\\(?:begin|end)\s*\{{[^{{}}]*\}}(?:\{{[lcr|\s]*\}})?|{_TEXT}\{{[^{{}}]*\}}|\\[A-Za-z]+")
 _WORD = re.compile(rf"[^\W\d_]{{3,}}|[{CJK}]")
 _FUNCTIONS = re.compile(r"(?i)sin|cos|tan|cot|sec|csc|log|exp|sqrt|max|min|gcd|lcm|mod|det")
 _QUANTITY = re.compile(rf"([+-]?\s?\d[\d.,/]*)\s*((?:(?<=\s)[A-Za-z]|[{CJK}])[A-Za-z{CJK} .'-]*)", re.ASCII)
@@ -35,13 +35,15 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _UNIT_WORDS: Final = {
-    "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "dm": "dm decimeter decimetre",
-    "m": "m meter metre", "km": "km kilometer kilometre", "inch": "in inch inches", "foot": "ft foot feet",
-    "yard": "yd yard", "mile": "mi mile", "mg": "mg milligram", "g": "g gram", "kg": "kg kilogram", "ton": "ton tonne",
-    "ounce": "oz ounce", "pound": "lb pound", "ms": "ms millisecond", "second": "s sec second", "minute": "min minute",
-    "hour": "h hr hour", "day": "day", "week": "week", "month": "month", "year": "yr year", "ml": "ml mL milliliter",
-    "l": "L liter litre", "mph": "mph", "kph": "kph", "hz": "Hz hertz", "n": "N newton", "j": "J joule", "w": "W watt",
-    "v": "V volt", "a": "A ampere amp", "pa": "Pa pascal", "cent": "cent", "dollar": "dollar", "euro": "euro",
+    "mm": "mm millimeter millimetre 毫米", "cm": "cm centimeter centimetre 厘米 公分",
+    "dm": "dm decimeter decimetre 分米", "m": "m meter metre 米 公尺", "km": "km kilometer kilometre 千米 公里",
+    "inch": "in inch inches", "foot": "ft foot feet", "yard": "yd yard", "mile": "mi mile", "mg": "mg milligram 毫克",
+    "g": "g gram 克", "kg": "kg kilogram 千克 公斤", "ton": "ton tonne 吨", "ounce": "oz ounce", "pound": "lb pound",
+    "ms": "ms millisecond", "second": "s sec second 秒", "minute": "min minute 分钟", "hour": "h hr hour 小时 時間",
+    "day": "day 天", "week": "week 周", "month": "month", "year": "yr year 年", "ml": "ml mL milliliter 毫升",
+    "l": "L liter litre 升", "mph": "mph", "kph": "kph", "hz": "Hz hertz", "n": "N newton", "j": "J joule",
+    "w": "W watt", "v": "V volt", "a": "A ampere amp", "pa": "Pa pascal", "cent": "cent", "dollar": "dollar",
+    "euro": "euro",
 }  # fmt: skip
 _UNITS: Final = {
     spelling: name
@@ -53,10 +55,15 @@ _POWER = r"(?:\s*\^\s*\{?-?[1-4]\}?)?"
 _ONE_UNIT = rf"(?:{'|'.join(sorted(map(re.escape, _UNITS), key=len, reverse=True))}){_POWER}(?![A-Za-z])"
 _WORDED = rf"(?:{_TEXT}\{{[~\s]*[^{{}}]*\}}|\\rm\s+[A-Za-z]+){_POWER}"
 _UNIT = re.compile(
-    rf"^(?P<value>.*[\d)}}!])(?P<gap>(?:\s|~|\\[,;:! ])*)"
+    rf"^(?P<value>.*(?:[\d)}}!]|\\pi))(?P<gap>(?:\s|~|\\[,;:! ])*)"
     rf"(?P<unit>\^\s*\{{?\s*\\circ\s*\}}?\s*(?:{_TEXT}\{{\s*)?[CF]\b\}}?|(?:square\s+|cubic\s+|sq\.?\s+)?{_ONE_UNIT}(?:\s*(?:/|\bper\b|\\cdot)\s*{_ONE_UNIT})*|{_WORDED})$",
     re.DOTALL,
 )
+_FUNCTION_NAME = re.compile(
+    r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|gcd|lcm|max|min)(?![A-Za-z])"
+)
+_TIMES_TEN = re.compile(r"(?<=\d)\s*x\s*(?=10\s*(?:\^|\*\*))")
+_PERCENT = re.compile(rf"(.+?)\s*(?:\\?%|(?:{_TEXT}\{{\s*)?(?:percent|per cent|pct)\.?\s*\}}?)")
 _CODE = re.compile(r"\*\*|\b(?:sqrt|exp|pi|oo|inf|infinity|cbrt|abs|theta)\b|[<>!]=|(?<=[\w)])\s*\*\s*(?=[\w(\\])")
 _CODE_NAMES: Final = {"pi": r"\pi ", "oo": r"\infty ", "inf": r"\infty ", "infinity": r"\infty ", "theta": r"\theta "}
 _CODE_CALLS: Final = {"sqrt": r"\sqrt{%s}", "cbrt": r"\sqrt[3]{%s}", "exp": "e^{%s}", "abs": "|%s|"}
@@ -106,11 +113,11 @@ def split_unit(answer: str) -> tuple[str, str]:
     text = re.sub(r"[{}~\s]|\\[a-z]+", " ", _TEXT_OPEN.sub(r" \1 ", unit)).strip()
     if not match["gap"] and len(text) == 1 and "\\" not in unit:
         return answer, ""  # 5m is a product
-    if re.match(rf"(?i)(?:and|or|if|for|when|is|not|where|percent|mod|{'|'.join(_SCALES)}|[A-J]$)\b", text):
+    if re.match(rf"(?:(?i:and|or|if|for|when|is|not|where|percent|mod|{'|'.join(_SCALES)})|[A-J]$)\b", text):
         return answer, ""
     if value.count("{") != value.count("}") or value.count("(") != value.count(")"):
         return answer, ""
-    names = re.findall(r"[A-Za-z]+|\^\s*-?\d|/", text.replace(" per ", "/"))
+    names = re.findall(r"[^\W\d_]+|\^\s*-?\d|/", text.replace(" per ", "/"))
     return value.strip(), "".join(_UNITS.get(name, name if name[0] in "^/" else name.lower() + " ") for name in names)
 
 
@@ -119,6 +126,12 @@ def are_different_units(left: str, right: str) -> bool:
     known = set(_UNITS.values())
     parts = [re.split(r"[\^/\d]+", unit)[0].strip() for unit in (left, right)]
     return left != right and all(part in known for part in parts)
+
+
+def percentage(answer: str) -> str | None:
+    """What stands before a sign or word for percent at the end of an answer; None where there is none."""
+    match = _PERCENT.fullmatch(answer)
+    return match[1] if match else None
 
 
 def scaled(answer: str) -> str:
@@ -138,7 +151,8 @@ def clock_time(answer: str) -> str | None:
 def as_latex(answer: str) -> str:
     r"""An answer in programmers' spelling as LaTeX: ``2*sqrt(x+1)`` is ``2\cdot \sqrt{x+1}``; LaTeX is left alone."""
     answer = answer.replace(r"\not=", r"\neq ").replace(r"\not =", r"\neq ").replace(r"\varnothing", r"\emptyset")
-    answer = _APPROXIMATELY.sub("", answer)
+    answer = _TIMES_TEN.sub(r"\\times ", _APPROXIMATELY.sub("", answer))
+    answer = answer.replace(r"\langle", "(").replace(r"\rangle", ")")
     opened = _OPEN_INTERVAL.fullmatch(answer)
     if opened and (opened["left"] == "]" or opened["right"] == "["):
         left, right = (
@@ -149,6 +163,8 @@ def as_latex(answer: str) -> str:
     ratio = re.fullmatch(r"(\d+) to (\d+)", answer)
     if ratio:
         return f"{ratio[1]}:{ratio[2]}"
+    if "\\text" not in answer:
+        answer = _FUNCTION_NAME.sub(r"\\\1 ", answer)
     if not _words(_AND.sub(", ", answer)):
         answer = _AND.sub(", ", answer).strip(", ")
     if _CODE.search(answer) and not re.search(r"\\(?:text|begin)", answer):

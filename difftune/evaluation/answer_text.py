@@ -20,13 +20,20 @@ _SYMBOLS = {
     "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2209": r"\notin ", "\u2282": r"\subset ",
     "\u2286": r"\subseteq ", "\u2192": r"\to ", "\u2220": r"\angle ", "\u25b3": r"\triangle ", "\u2225": r"\parallel ",
     "\u22a5": r"\perp ", "\u00b0": r"^\circ ", "\u00ba": r"^\circ ", "\u2026": r"\ldots ", "\u22ef": r"\cdots ",
+    "\u27e8": r"\langle ", "\u27e9": r"\rangle ",
     "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}",
     "\u2102": r"\mathbb{C}", "\u221d": r"\propto ", "\u2211": r"\sum ", "\u222b": r"\int ", "\u2202": r"\partial ",
 }  # fmt: skip
 _GREEK = re.compile("[\u03b1-\u03c9\u0393\u0394\u0398\u039b\u039e\u03a0\u03a3\u03a6\u03a8\u03a9]")
 _TRANSLATION = str.maketrans(_SYMBOLS)
-_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
-_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n", strict=True))
+# Letters and digits that Unicode calls raised or lowered; the ordinal signs are taken for degrees.
+_SHIFTED = {
+    letter: unicodedata.decomposition(letter).split()
+    for letter in map(chr, (*range(0xB2, 0x300), *range(0x1D2C, 0x1D6B), *range(0x2070, 0x20A0), 0x2C7C))
+    if letter != "\u00ba"
+}
+_SUPERSCRIPTS = {letter: chr(int(parts[1], 16)) for letter, parts in _SHIFTED.items() if parts[:1] == ["<super>"]}
+_SUBSCRIPTS = {letter: chr(int(parts[1], 16)) for letter, parts in _SHIFTED.items() if parts[:1] == ["<sub>"]}
 _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _VULGAR = re.compile(r"(\d?)\s?([\u00bc-\u00be\u2150-\u215e])")
@@ -49,13 +56,16 @@ _GROUP_MARK = r"(?:\\[,!;: ]|,\\!|~|\{,\}|['\u2019\u00a0\u2007\u2009\u200a\u202f
 _GROUPED = re.compile(rf"(?<![\w.,'])[1-9]\d{{0,2}}(?:({_GROUP_MARK})\d{{3}})(?:\1\d{{3}})*(?!\d|\1\d)")
 _DOTTED = re.compile(r"(?<![\w.,])([1-9]\d{0,2}(?:\.\d{3}){2,})(?:,(\d+))?(?![\w.,])")
 _DOT_AND_COMMA = re.compile(r"(?<![\w.,])([1-9]\d{0,2}(?:\.\d{3})+),(\d+)(?![\d.,])")
+_SPACED_AND_COMMA = re.compile(
+    r"(?<![\w.,])([1-9]\d{0,2}(?:(?:\\[,; ]|[\u00a0\u2007\u2009\u202f])\d{3})+),(\d{1,2}|\d{4,})(?![\w.,])"
+)
 _DECIMAL_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _MIXED = re.compile(r"(-?\s?)(\d+)\s+(\d+)\s*/\s*(\d+)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?!\w)")
 
 _MONEY_WORD = r"US\s?\\?\$|(?:USD|EUR|GBP|CNY|RMB|JPY|INR|CAD|AUD|CHF)\b|Rs\.?(?=\s|\d)|\\text\{\s*Rs\.?\s*\}|\\?\$|[\u20ac\u00a3\u00a5\u20b9\u20a9]|\\(?:euro|pounds)\b\s*"  # noqa: E501
-_MONEY_BEFORE = re.compile(rf"^([-+]?)\s*(?:{_MONEY_WORD})\s*(?=[\d.]\S*$|[\d.][\d,. ]*(?:\s[A-Za-z]+)?$)")
+_MONEY_BEFORE = re.compile(rf"^([-+]?)\s*(?:{_MONEY_WORD})\s*(?=[\d.][^$]*$)")
 _MONEY_AFTER = re.compile(rf"(?<=[\d.}}])\s*(?:{_MONEY_WORD}|\\text\s*\{{\s*[\u20ac\u00a3\u00a5\u20b9]\s*\}})$")
 
 
@@ -85,6 +95,7 @@ def plain_digits(text: str) -> str:
         >>> plain_digits(r"10\,000"), plain_digits("1.234,5"), plain_digits("0.1\\overline{6}"), plain_digits("2 3/4")
         ('10000', '1234.5', '\\frac{15}{90}', '2\\frac{3}{4}')
     """
+    text = _SPACED_AND_COMMA.sub(lambda match: re.sub(r"\s|\\.", "", match[1]) + "." + match[2], text)
     text = _GROUPED.sub(lambda match: match[0].replace(match[1], ""), text)
     text = _DOT_AND_COMMA.sub(lambda match: match[1].replace(".", "") + "." + match[2], text)
     text = _DOTTED.sub(lambda match: match[1].replace(".", ""), text)

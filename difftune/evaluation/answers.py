@@ -34,7 +34,7 @@ from difftune.evaluation.answer_text import (
 )
 
 _END_OF_THOUGHT = re.compile(r"</think>|<\|end_of_thought\|>|<\|begin_of_solution\|>")
-_TAGGED = re.compile(r"<(final_?answer|answer)>(.*?)(?:</\1>|$)", re.IGNORECASE | re.DOTALL)
+_TAGGED = re.compile(r"[<\[](final_?answer|answer)[>\]](.*?)(?:[<\[]/\1[>\]]|$)", re.IGNORECASE | re.DOTALL)
 # Escaped braces are consumed, so that only those that group are counted.
 _BRACES = re.compile(r"\\\\|\\[{}]|(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<open>\{)|(?P<close>\})")
 _JOINT = re.compile(r"(?:[\s$&]|\\[,;:! ()\[\]]|\\q?quad|\\text\{[^{}]*\}|,|;|\band\b|\bor\b)*")
@@ -45,7 +45,7 @@ _COPULA = (
     r"(?:\s+(?:therefore|thus|then|hence|indeed|just))*\s*:?|[:=\uff1a])"
 )
 _OTHER_NOUNS = (
-    rf"(?:最终|正确)?答案|答え|正解|정답|답|故选|应选|所以选|(?<![{CJK}])答(?=[:：])|\b(?:Antwort|Lösung|Ergebnis|réponse|"
+    rf"(?:最终|正确)?答案|答え|正解|정답|답|(?<![{CJK}])答(?=[:：])|\b(?:Antwort|Lösung|Ergebnis|réponse|"
     r"respuesta|resposta|risposta|odpowiedź|cevap)\b|\bответ\b"
 )
 _OTHER_COPULAS = r"(?:\b(?:ist|lautet|beträgt|est|es|è|é|to)\b\s*:?|[是为為はは은는](?:[:：])?|[:=：—])"
@@ -53,13 +53,13 @@ _PHRASE = re.compile(
     rf"\banswer\b[^\n:=：]{{0,40}}?{_COPULA}|\b(?:correct|right) (?:option|choice)\b[^\n:=]{{0,20}}?{_COPULA}"
     rf"|\bfinal (?:result|solution)\b[^\n:=]{{0,20}}?{_COPULA}"
     rf"|^[\s#*_>-]*(?:the\s+)?(?:final\s+)?answer[*_\s:.]*$"
-    rf"|(?:{_OTHER_NOUNS})[^\n:=：。]{{0,20}}?{_OTHER_COPULAS}",
+    rf"|(?:{_OTHER_NOUNS})[^\n:=：。]{{0,20}}?{_OTHER_COPULAS}|[故应所以]+选(?:[择项]|\s|[:：])*",
     re.IGNORECASE | re.MULTILINE,
 )
 # What stands before "answer" in a remark about it, and what is said of an answer without giving it.
 _REMARK_BEFORE = re.compile(r"(?i)\b(?:this|hope|whether|if|because|since|note|please|know)\b[^.\n]*$")
 _REMARK = re.compile(
-    r"(?i)(?:\w+ed (?:to|by|from|on|with|in|as|using)\b|\w+ly (?!-?\d)\w|always|never|also|that|what|correct|right"
+    r"(?i)(?:\w+ed (?:to|by|from|on|with|in|as|using)\b|\w+ly (?!-?\d)\w|always|never|also|that|the|what|correct|right"
     r"|wrong|incorrect|clear|final|helpful|simple|obtained|based|only|an?\b|in\b|not\b|given\b|found\b|shown\b"
     r"|below|above|as follows)"
 )
@@ -117,7 +117,7 @@ def find_answer(text: str) -> Answer | None:
     if not text:
         return None
     if (boxed := _last_box(text)) is not None:
-        return Answer(boxed, "boxed")
+        return Answer(_after_phrase(boxed) or boxed, "boxed")
     if (hashed := _after_hash(text)) is not None:
         return Answer(hashed, "hash")
     if (phrase := _after_phrase(text)) is not None:

@@ -34,6 +34,7 @@ from difftune.evaluation.answer_forms import (
     clock_time,
     is_words,
     math_form,
+    percentage,
     short_form,
     split_unit,
     words_of,
@@ -253,7 +254,7 @@ def _quick_verdict(answer: Answer | None, gold: str) -> str | None:
     times = clock_time(given), clock_time(right)
     if all(times):
         return "correct" if times[0] == times[1] else "wrong"
-    if (verdict := _compare_numbers(given, right)) is not None:
+    if (verdict := _compare_percentages(given, right)) is not None:
         return verdict
     said, meant = words_of(given), words_of(right)
     if said is not None and said == meant:
@@ -281,6 +282,19 @@ def _said(answer: Answer, right: str) -> str:
 
 def _spelling(answer: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer)
+
+
+def _compare_percentages(given: str, right: str) -> str | None:
+    """Verdict on two numbers of which any may be in percent: 28% is as good as 28 and 0.28, as math-verify has it."""
+    parts = percentage(given), percentage(right)
+    if (parts[0] is None) == (parts[1] is None):
+        return _compare_numbers(parts[0] or given, parts[1] or right)
+    share, other = (parts[0], right) if parts[0] is not None else (parts[1], given)
+    left, value = plain_number(share or ""), plain_number(other)
+    if left is None or value is None:
+        return None
+    verdicts = {_compare_numbers(f"{left:f}", f"{number:f}") for number in (value, value * 100)}
+    return "correct" if "correct" in verdicts else None if None in verdicts else "wrong"
 
 
 def _compare_numbers(given: str, right: str) -> str | None:

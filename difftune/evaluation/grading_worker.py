@@ -120,10 +120,12 @@ def _items(form: str) -> list[str]:
 
 def _differ(left: Any, right: Any) -> bool:
     """Whether two expressions surely differ, though math-verify, which cuts small differences off, says equal."""
-    from sympy import Expr, FiniteSet, Float, Rational, Tuple, UnevaluatedExpr  # type: ignore[import-untyped]
+    from sympy import Expr, FiniteSet, Float, Interval, Rational, Tuple, UnevaluatedExpr, Union  # type: ignore[import-untyped]
 
-    if isinstance(left, (FiniteSet, Tuple)) and isinstance(right, (FiniteSet, Tuple)):
+    if isinstance(left, (FiniteSet, Tuple, Union)) and isinstance(right, (FiniteSet, Tuple, Union)):
         return any(all(_differ(one, other) for other in right.args) for one in left.args)
+    if isinstance(left, Interval) and isinstance(right, Interval):
+        return _differ(left.start, right.start) or _differ(left.end, right.end)
     if not (isinstance(left, Expr) and isinstance(right, Expr)):
         return False
     if left.has(UnevaluatedExpr) or right.has(UnevaluatedExpr) or left.free_symbols != right.free_symbols:

@@ -87,6 +87,27 @@ def test_folders_that_are_gone_are_faults_and_not_repositories(
 
 
 @pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_and_a_padded_batch_are_tried_in_the_recipes_precision(
+    recipe: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.diagnose(str(recipe), [f"trainer.precision={precision}"]) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"trial in {precision}: one step and one padded generated batch" in said
+    assert "4 tokens for each of two prompts" in said
+
+
+@pytest.mark.usefixtures("no_ranks", "padding_fails_in_half")
+def test_a_padded_batch_that_fails_in_the_recipes_precision_is_a_fault(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.diagnose(str(recipe)) == 0
+    assert doctor.diagnose(str(recipe), ["trainer.precision=bf16-mixed"]) == 1
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "a padded batch of two generated texts in bf16-mixed fails: value cannot be converted" in said
+
+
+@pytest.mark.usefixtures("no_ranks")
 def test_a_recipe_that_is_wrong_is_a_fault_beside_what_is_found_of_the_machine(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

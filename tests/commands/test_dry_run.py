@@ -23,5 +23,5 @@ def test_a_micro_batch_is_timed_after_the_first(monkeypatch):
 
     module = FinetuneModule(build_student(), lr=1e-3, schedule="constant")
     Clock(monkeypatch, "difftune.commands.dry_run", a_look=0.5)
-    cost = dry_run.measure_step(module, build_arithmetic(), "cpu")
+    cost = dry_run.measure_step(module, build_arithmetic(), "cpu", "bf16-mixed")
     assert cost.tokens == 2 * 64 and cost.seconds == 0.5 and cost.peak_memory_gib > 0

@@ -218,7 +218,7 @@ def test_a_forecast_of_an_adapter_measures_the_adapter_alone(teacher, tmp_path, 
     """Its optimiser and gradients are what the memory is forecast from."""
     trained = []
 
-    def measure(module, data, accelerator):
+    def measure(module, data, accelerator, precision):
         trained.extend(name for name, parameter in module.model.named_parameters() if parameter.requires_grad)
         return StepCost(1.0, 1.0, 100)
 

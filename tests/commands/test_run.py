@@ -141,6 +141,34 @@ def test_dry_run_takes_a_step_shows_a_sample_and_writes_nothing(tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_dry_run_steps_and_generates_in_the_precision_of_the_recipe(tmp_path, capsys, monkeypatch, precision):
+    dtypes = set()
+    right = DiffTransformerForCausalLM.generate
+
+    def generate(self, *arguments, **options):
+        dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return right(self, *arguments, **options)
+
+    monkeypatch.setattr(DiffTransformerForCausalLM, "generate", generate)
+    config = config_of(tmp_path / "dry", f"trainer.precision={precision}")
+    assert run.fit(config, dry_run=True) == 0
+    assert dtypes == {torch.bfloat16 if precision == "bf16-mixed" else torch.float32}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"4 tokens generated for each of two prompts; step and batch in {precision}" in shown
+
+
+@pytest.mark.usefixtures("padding_fails_in_half")
+def test_dry_run_refuses_a_precision_in_which_no_evaluation_could_generate(tmp_path):
+    assert run.fit(config_of(tmp_path / "dry"), dry_run=True) == 0
+    message = (
+        "a padded batch of two generated texts in bf16-mixed fails: value cannot be converted without overflow; "
+        "set trainer.precision=32-true, or choose another model.attention_backend"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run.fit(config_of(tmp_path / "dry", "trainer.precision=bf16-mixed"), dry_run=True)
+
+
 def test_dry_run_of_a_model_that_cannot_fit_takes_no_step_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("difftune.commands.dry_run.total_memory_bytes", lambda: 10_000)
     assert run.fit(config_of(tmp_path / "dry"), dry_run=True) == 0

@@ -52,6 +52,7 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("The answer is yes. It holds for all n.", "yes"),
     ],
     "tags": [
+        ("[ANSWER]6[/ANSWER]", "6"),
         ("<think>2*3</think>\n<answer>6</answer>", "6"),
         ("<answer>\n6\n</answer>", "6"),
         ("<answer> The answer is 6 </answer>", "6"),
@@ -90,6 +91,8 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{\text{The answer is } 11}", "11"),
     ],
     "unicode": [
+        ("3eˣ", "3e^x"),
+        ("⟨2, 7⟩", r"\langle 2,7 \rangle"),
         ("¾", "3/4"),
         ("The answer is 2½.", "5/2"),
         ("⅓", r"\frac{1}{3}"),
@@ -168,6 +171,8 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("45 dollars", r"\$45"),
     ],
     "units": [
+        ("7π cm²", r"7\pi"),
+        (r"\$9\text{ per week}", "9"),
         (r"\boxed{9 \text{ km/h}}", "9"),
         (r"\boxed{9\,\mathrm{m/s^2}}", "9"),
         (r"\boxed{9 \; cm^2}", "9"),
@@ -190,6 +195,11 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("9 miles per hour", "9"),
     ],
     "percent": [
+        ("28 percent", "0.28"),
+        ("0.28", "28 percent"),
+        ("28 percent", "28%"),
+        (r"17.5\%", "17.5"),
+        ("17.5 percent", "0.175"),
         ("35%", "35"),
         ("35%", "0.35"),
         ("0.35", r"35\%"),
@@ -296,6 +306,8 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("two hundred (200)", "200"),
     ],
     "languages": [
+        ("所以选D", "D"),
+        (r"\boxed{答案：19}", "19"),
         ("最终答案是 19。", "19"),
         ("答案为：19", "19"),
         ("答：小明有19个苹果。", "19"),
@@ -321,6 +333,8 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{x＝19}", "19"),
     ],
     "code": [
+        (r"\boxed{\sin 2x}", "sin(2*x)"),
+        ("8 x 10^3", "8000"),
         (r"\boxed{\frac{\pi}{3}}", "pi/3"),
         (r"\boxed{3\sqrt{7}}", "3*sqrt(7)"),
         (r"\boxed{x^2 + 3x}", "x**2 + 3*x"),

@@ -58,6 +58,8 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("2.5", "25"),
     ],
     "money and units": [
+        ("9 kg", "9 g"),
+        ("9米", "9厘米"),
         ("€45", "54"),
         ("45 million", "45"),
         ("4 dozen", "4"),
@@ -72,6 +74,10 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("-$45", "45"),
     ],
     "percent": [
+        ("28 percent", "0.028"),
+        ("28 percent", "2.8"),
+        ("28 percent", "27 percent"),
+        ("17.5%", "1.75"),
         ("35%", "3.5"),
         ("0.35%", "35"),
         ("35%", "0.035"),
@@ -186,6 +192,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("3*4", "34"),
     ],
     "huge and lists": [
+        (r"\boxed{(3^{-70}, 2)}", "(3^{-71}, 2)"),
         (r"\boxed{\frac{1}{1500!}}", r"\frac{1}{1501!}"),
         (r"\boxed{\frac{1}{3^{70}}}", r"\frac{1}{3^{71}}"),
         (r"\boxed{10^{-20}}", r"10^{-21}"),

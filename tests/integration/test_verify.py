@@ -25,9 +25,12 @@ def test_everything_that_a_cpu_can_try_holds(tmp_path, capsys):
         "cache, token by token = whole",
         "export as difftune, loaded by transformers = ours",
         "adapter merged = beside the base",
+        "a step and a padded generated batch in 32-true",
+        "a step and a padded generated batch in bf16-mixed",
+        "a step and a padded generated batch in 16-mixed",
         "micro-batches = one batch",
         "gone on from step 3 = straight through",
         "two devices with ddp = one",
         "two devices with fsdp = one",
     ]
-    assert printed.splitlines()[-1].startswith("10 hold, 0 fail, ")
+    assert printed.splitlines()[-1].startswith("13 hold, 0 fail, ")
