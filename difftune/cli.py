@@ -128,7 +128,7 @@ def _run(found: Invocation) -> int:
             check="check" in found.flags,
         )
     elif command == "evaluate":
-        run.evaluate(config, out=Path(out) if out else None)
+        run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
     elif command == "generate":
         prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
         if not all(prompt.strip() for prompt in prompts):

@@ -1,8 +1,8 @@
-"""The folder that `difftune evaluate --out` writes, while it measures, and goes on from.
+"""The folder that `difftune evaluate --out` writes, while it measures, and resumes from.
 
 ::
 
-    settings.json      the model and the tasks: what the results are of
+    settings.json      what the results are of: hashes of the model, its tokenizer, and what each task asks
     samples/TASK.jsonl a line a sample, written block by block
     results.json       the figures of each task, partial ones too (`complete` says so)
     metrics.jsonl      the figures as a run logs them: step, tokens, name, value, stage, time
@@ -10,6 +10,7 @@
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -22,6 +23,8 @@ from typing import Any
 from difftune.evaluation.task import Task
 from difftune.small_files import read_json_mapping, read_whole_lines
 from difftune.writing import one_writer, write_whole
+
+log = logging.getLogger(__name__)
 
 
 class ResultFolder:
@@ -45,48 +48,92 @@ class ResultFolder:
         return one_writer(self.path, name="--out", what="results", is_ours=self.is_results)
 
     def is_results(self) -> bool:
-        """Whether the folder holds results, which may be damaged."""
-        try:
-            return "tasks" in read_json_mapping(self.path / "settings.json")
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            return (self.path / "samples").is_dir()
+        """Whether the folder holds results, one of whose files may be damaged."""
+        for name in ("settings.json", "results.json"):
+            try:
+                if "tasks" in read_json_mapping(self.path / name):
+                    return True
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                if (self.path / "samples").is_dir():
+                    return True
+        return False
 
-    def open(self, settings: dict[str, Any]) -> None:
-        """Make the folder, or find that it holds results of the same settings, which then go on.
+    def open(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Make the folder, or find that it holds results of the same inputs, to which the missing ones are added.
 
         Args:
-            settings: The model and, under `tasks`, the settings of each task by name. Tasks can be added later; those
-                that are there must not change.
+            settings: What a figure depends on, by name, and under `tasks` the same of each task. `model` is where the
+                model lies, and not compared. Tasks can be added later; those that are there must not change.
+            overwrite: Remove the results of these tasks, and those of all tasks if anything else has changed.
 
         Raises:
-            ValueError: If it holds results of another model or of other settings.
+            ValueError: If it holds results of something else, and may not be overwritten; says what has changed.
         """
-        file = self.path / "settings.json"
-        if file.is_file():
-            old = read_json_mapping(file)
-            wanted = json.loads(json.dumps(settings))
-            changed = [key for key in {*old, *wanted} - {"tasks"} if old.get(key) != wanted.get(key)]
-            both = old["tasks"].keys() & wanted["tasks"].keys()
-            changed += [f"task {name}" for name in sorted(both) if old["tasks"][name] != wanted["tasks"][name]]
-            if changed:
+        wanted = json.loads(json.dumps(settings))
+        old, kept = self._settings(), {}
+        if old is not None:
+            shared, tasks = _changes(old, wanted)
+            if overwrite:
+                kept = {} if shared else {n: t for n, t in old["tasks"].items() if n not in wanted["tasks"]}
+                self._remove([name for name in old["tasks"] if name not in kept])
+            elif shared or tasks:
                 raise ValueError(
-                    f"{self.path} holds results with another {' and '.join(changed)}: they cannot be gone on with; "
-                    "choose another --out, or delete that folder"
+                    f"{self.path} holds results of something else: changed since then: {'; '.join(shared + tasks)}. "
+                    "Choose another --out, or measure anew with --overwrite"
                 )
-            settings = {**wanted, "tasks": {**old["tasks"], **wanted["tasks"]}}
-        self._write("settings.json", json.dumps(settings, indent=2) + "\n")
+            else:
+                kept = old["tasks"]
+        elif self.results() or any(self.path.glob("samples/*.jsonl")):
+            if not overwrite:
+                raise ValueError(
+                    f"{self.path} holds results, and no readable settings.json says what they are of: choose another "
+                    "--out, or measure anew with --overwrite"
+                )
+            self._remove([*self.results(), *(file.stem for file in self.path.glob("samples/*.jsonl"))])
+        self._write("settings.json", json.dumps({**wanted, "tasks": {**kept, **wanted["tasks"]}}, indent=2) + "\n")
+
+    def _settings(self) -> dict[str, Any] | None:
+        """What the results are of; None if nothing says so."""
+        try:
+            found = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("tasks"), dict) else None
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Take the results of tasks out, the mean over all of them with them."""
+        for name in names:
+            for file in (self._samples_file(name), self.path / "figures" / f"{name}.png"):
+                file.unlink(missing_ok=True)
+        left = {name: figures for name, figures in self.results().items() if name not in names}
+        if (file := self.path / "results.json").is_file():
+            content = read_json_mapping(file)
+            self._write("results.json", json.dumps({**content, "tasks": left}, indent=2) + "\n")
+        if (file := self.path / "metrics.jsonl").is_file():
+            gone = tuple(f"eval/{name}/" for name in (*names, "mean"))
+            lines = read_whole_lines(file)
+            stay = [json.dumps(line) + "\n" for line in lines if not str(line.get("name")).startswith(gone)]
+            self._write("metrics.jsonl", "".join(stay))
 
     def samples(self, task: Task[Any]) -> list[Any]:
-        """The samples of a task that were written before; a last line that was cut off is taken out."""
+        """The samples of a task that were written before; lines that were cut off are taken out, and measured again."""
         file = self._samples_file(task.name)
         if not file.is_file():
             return []
-        whole = read_whole_lines(file)
-        if file.read_bytes().count(b"\n") > len(whole) or not file.read_bytes().endswith(b"\n"):
-            self._write(f"samples/{task.name}.jsonl", "".join(json.dumps(line) + "\n" for line in whole))
-        return [task.sample_type(**line) for line in whole]
+        lines = file.read_bytes().split(b"\n")
+        whole, samples = [], []
+        for line in lines[:-1]:
+            try:
+                samples.append(task.sample_type(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+            whole.append(line)
+        if len(whole) < len(lines) - 1 or lines[-1]:
+            log.warning("%s: %d damaged lines are measured again", file, len(lines) - len(whole) - (not lines[-1]))
+            self._write(f"samples/{task.name}.jsonl", b"".join(line + b"\n" for line in whole).decode())
+        return samples
 
     def append(self, name: str, samples: Sequence[Any]) -> None:
         """Add samples of a task, and have them on disk when this returns."""
@@ -104,7 +151,7 @@ class ResultFolder:
     def results(self) -> dict[str, Any]:
         """The figures by task name that were written before."""
         file = self.path / "results.json"
-        return read_json_mapping(file)["tasks"] if file.is_file() else {}
+        return read_json_mapping(file).get("tasks", {}) if file.is_file() else {}
 
     def write(self, model: str, results: dict[str, dict[str, Any]], metrics: dict[str, float], step: int) -> None:
         """Write results and metrics.
@@ -139,3 +186,16 @@ class ResultFolder:
     def _write(self, name: str, text: str) -> None:
         """Write a file in one go: an interruption leaves the old one."""
         write_whole(self.path / name, text)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two settings: of all tasks, and of single ones."""
+    apart = {"model", "tasks"}
+    shared = sorted(key for key in {*old, *new} - apart if old.get(key) != new.get(key))
+    tasks = []
+    for name in sorted(old["tasks"].keys() & new["tasks"].keys()):
+        before, now = old["tasks"][name], new["tasks"][name]
+        keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if keys:
+            tasks.append(f"{', '.join(keys)} of task {name}")
+    return shared, tasks

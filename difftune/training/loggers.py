@@ -19,6 +19,9 @@ from difftune.writing import write_whole
 
 log = logging.getLogger(__name__)
 
+_WRITING = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
+"""What Lightning calls of a logger."""
+
 LOGGERS = ("jsonl", "tensorboard", "wandb", "mlflow")
 
 
@@ -188,7 +191,34 @@ def build_loggers(
             built.append(MLFlowLogger(experiment_name=project, run_name=title, tracking_uri=uri))
         else:
             raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {name!r}")
-    return built
+    return [logger if isinstance(logger, MetricsLogger) else _silenced_by_errors(logger) for logger in built]
+
+
+def _silenced_by_errors(logger: Logger) -> Logger:
+    """Let a logger that cannot write, as on a full disk, say so once and be silent: the training is worth more."""
+    failed = False
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal failed
+            if failed:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except OSError as error:
+                failed = True
+                log.error(
+                    "%s cannot write (%s): it logs no more in this stage; the training goes on",
+                    type(logger).__name__,
+                    error,
+                )
+                return None
+
+        return call
+
+    for name in _WRITING:
+        setattr(logger, name, guarded(getattr(logger, name)))
+    return logger
 
 
 def _require(package: str) -> None:
