@@ -205,12 +205,16 @@ def _silenced_by_errors(logger: Logger) -> Logger:
                 return None
             try:
                 return method(*args, **kwargs)
-            except OSError as error:
+            except Exception as error:
+                # Lightning turns what TensorBoard's writer raises into a ValueError of its own.
+                cause = _refusal_of_system(error)
+                if cause is None:
+                    raise
                 failed = True
                 log.error(
                     "%s cannot write (%s): it logs no more in this stage; the training goes on",
                     type(logger).__name__,
-                    error,
+                    cause,
                 )
                 return None
 
@@ -219,6 +223,13 @@ def _silenced_by_errors(logger: Logger) -> Logger:
     for name in _WRITING:
         setattr(logger, name, guarded(getattr(logger, name)))
     return logger
+
+
+def _refusal_of_system(error: BaseException | None) -> OSError | None:
+    """The error itself, or what it was raised from, if that is an error of the system."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _require(package: str) -> None:
