@@ -303,12 +303,14 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
         checkpoint = folder.finished_checkpoint(stage)
         source = f"{checkpoint.relative_to(folder.path)} of a difftune run"
         out = folder.path / "export"
+        folder.clear_export()
         if config.adapter is not None and config.export.format == "auto":
             save_trained_adapter(checkpoint, out, tokenizer=tokenizer, overwrite=True)
             say(f"exported {out}: an adapter, in PEFT's format")
         else:
             model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
             _export(config, model, tokenizer, out, source=source, overwrite=True)
+        folder.list_export()
     headline = headline_text(headline_of(load_run(folder.path)))
     if headline:
         say(headline)
