@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -272,6 +273,8 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         rest = (value for name, value in output.items() if name in (CACHE, "hidden_states", "attentions"))
         return (output.loss, output.logits, *rest)
 
+    # With transformers' signature, which `generate` reads to see whether it may be given embeddings.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # type: ignore[override]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers; the cache by its older name, under which PEFT (0.21) looks for it to add a prefix."""
         mixin: Any = super()  # whose annotation of self no class of a model fits
