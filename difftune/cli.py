@@ -131,7 +131,7 @@ def _run(found: Invocation) -> int:
         )
     elif command == "evaluate":
         with nothing_left_if_refused(Path(out), keep="samples/*") if out else nullcontext():
-            run.evaluate(config, out=Path(out) if out else None)
+            run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
     elif command == "generate":
         prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
         if not all(prompt.strip() for prompt in prompts):

@@ -166,6 +166,7 @@ COMMANDS = {
             _DEVICE,
             _DTYPE,
             Option("out", "folder for the samples and results", "DIR", is_text=True, is_path=True),
+            Option("overwrite", "measure anew what --out holds of these tasks"),
         ),
         examples="""
   difftune evaluate --model runs/quickstart/export --data synthetic:arithmetic --limit 200

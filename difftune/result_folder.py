@@ -1,8 +1,8 @@
-"""The folder that `difftune evaluate --out` writes, while it measures, and goes on from.
+"""The folder that `difftune evaluate --out` writes, while it measures, and resumes from.
 
 ::
 
-    settings.json      the model and the tasks: what the results are of
+    settings.json      what the results are of: hashes of the model, its tokenizer, and what each task asks
     samples/TASK.jsonl a line a sample, written block by block
     results.json       the figures of each task, partial ones too (`complete` says so)
     metrics.jsonl      the figures as a run logs them: step, tokens, name, value, stage, time
@@ -10,6 +10,7 @@
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from difftune.evaluation.task import Task
+
+log = logging.getLogger(__name__)
 
 
 class ResultFolder:
@@ -31,41 +34,80 @@ class ResultFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def open(self, settings: dict[str, Any]) -> None:
-        """Make the folder, or find that it holds results of the same settings, which then go on.
+    def open(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Make the folder, or find that it holds results of the same inputs, to which the missing ones are added.
 
         Args:
-            settings: The model and, under `tasks`, the settings of each task by name. Tasks can be added later; those
-                that are there must not change.
+            settings: What a figure depends on, by name, and under `tasks` the same of each task. `model` is where the
+                model lies, and not compared. Tasks can be added later; those that are there must not change.
+            overwrite: Remove the results of these tasks, and those of all tasks if anything else has changed.
 
         Raises:
-            ValueError: If it holds results of another model or of other settings.
+            ValueError: If it holds results of something else, and may not be overwritten; says what has changed.
         """
-        file = self.path / "settings.json"
-        if file.is_file():
-            old = json.loads(file.read_text(encoding="utf-8"))
-            wanted = json.loads(json.dumps(settings))
-            changed = [key for key in {*old, *wanted} - {"tasks"} if old.get(key) != wanted.get(key)]
-            both = old["tasks"].keys() & wanted["tasks"].keys()
-            changed += [f"task {name}" for name in sorted(both) if old["tasks"][name] != wanted["tasks"][name]]
-            if changed:
+        wanted = json.loads(json.dumps(settings))
+        old, kept = self._settings(), {}
+        if old is not None:
+            shared, tasks = _changes(old, wanted)
+            if overwrite:
+                kept = {} if shared else {n: t for n, t in old["tasks"].items() if n not in wanted["tasks"]}
+                self._remove([name for name in old["tasks"] if name not in kept])
+            elif shared or tasks:
                 raise ValueError(
-                    f"{self.path} holds results with another {' and '.join(changed)}: they cannot be gone on with; "
-                    "choose another --out, or delete that folder"
+                    f"{self.path} holds results of something else: changed since then: {'; '.join(shared + tasks)}. "
+                    "Choose another --out, or measure anew with --overwrite"
                 )
-            settings = {**wanted, "tasks": {**old["tasks"], **wanted["tasks"]}}
-        self._write("settings.json", json.dumps(settings, indent=2) + "\n")
+            else:
+                kept = old["tasks"]
+        elif self.results() or any(self.path.glob("samples/*.jsonl")):
+            if not overwrite:
+                raise ValueError(
+                    f"{self.path} holds results, and no readable settings.json says what they are of: choose another "
+                    "--out, or measure anew with --overwrite"
+                )
+            self._remove([*self.results(), *(file.stem for file in self.path.glob("samples/*.jsonl"))])
+        self._write("settings.json", json.dumps({**wanted, "tasks": {**kept, **wanted["tasks"]}}, indent=2) + "\n")
+
+    def _settings(self) -> dict[str, Any] | None:
+        """What the results are of; None if nothing says so."""
+        try:
+            found = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("tasks"), dict) else None
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Take the results of tasks out, the mean over all of them with them."""
+        for name in names:
+            for file in (self._samples_file(name), self.path / "figures" / f"{name}.png"):
+                file.unlink(missing_ok=True)
+        left = {name: figures for name, figures in self.results().items() if name not in names}
+        if (file := self.path / "results.json").is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            self._write("results.json", json.dumps({**content, "tasks": left}, indent=2) + "\n")
+        if (file := self.path / "metrics.jsonl").is_file():
+            gone = tuple(f"eval/{name}/" for name in (*names, "mean"))
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            stay = [json.dumps(line) + "\n" for line in lines if not line["name"].startswith(gone)]
+            self._write("metrics.jsonl", "".join(stay))
 
     def samples(self, task: Task[Any]) -> list[Any]:
-        """The samples of a task that were written before; a last line that was cut off is taken out."""
+        """The samples of a task that were written before; lines that were cut off are taken out, and measured again."""
         file = self._samples_file(task.name)
         if not file.is_file():
             return []
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            self._write(f"samples/{task.name}.jsonl", "".join(whole))
-        return [task.sample_type(**json.loads(line)) for line in whole]
+        lines = file.read_bytes().split(b"\n")
+        whole, samples = [], []
+        for line in lines[:-1]:
+            try:
+                samples.append(task.sample_type(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+            whole.append(line)
+        if len(whole) < len(lines) - 1 or lines[-1]:
+            log.warning("%s: %d damaged lines are measured again", file, len(lines) - len(whole) - (not lines[-1]))
+            self._write(f"samples/{task.name}.jsonl", b"".join(line + b"\n" for line in whole).decode())
+        return samples
 
     def append(self, name: str, samples: Sequence[Any]) -> None:
         """Add samples of a task, and have them on disk when this returns."""
@@ -122,3 +164,16 @@ class ResultFolder:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two settings: of all tasks, and of single ones."""
+    apart = {"model", "tasks"}
+    shared = sorted(key for key in {*old, *new} - apart if old.get(key) != new.get(key))
+    tasks = []
+    for name in sorted(old["tasks"].keys() & new["tasks"].keys()):
+        before, now = old["tasks"][name], new["tasks"][name]
+        keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if keys:
+            tasks.append(f"{', '.join(keys)} of task {name}")
+    return shared, tasks

@@ -91,7 +91,7 @@ def test_evaluate_turns_its_options_into_config(calls: dict[str, Any]) -> None:
         ("b.jsonl", 5, 7),
     ]
     assert (config.evaluation.batch_size, config.evaluation.top_p) == (2, 0.5)
-    assert calls["arguments"] == {"out": Path("results")}
+    assert calls["arguments"] == {"out": Path("results"), "overwrite": False}
 
 
 def test_tasks_are_named_by_kind_and_their_keys_are_set_by_it(calls: dict[str, Any]) -> None:

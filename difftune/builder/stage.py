@@ -142,8 +142,8 @@ def build_trainer(
 
     # Throughput comes first: its clock stops while those after it evaluate and save.
     callbacks: list[Callback] = [Throughput(ModelFlops.of_model(model)), LambdaMonitor(), LambdaWarmup()]
-    if config.logging.progress_bar:
-        callbacks.append(RichProgress(stage.name, console=console))
+    progress = RichProgress(stage.name, console=console) if config.logging.progress_bar else None
+    callbacks += [progress] if progress is not None else []
     callbacks += [patience] if patience is not None else []
     if settings.tasks:
         tasks = build_tasks(settings)
@@ -164,6 +164,7 @@ def build_trainer(
                 time_limit_s=settings.time_limit_s,
                 should_stop=preemption.is_preempted,
                 on_result=on_evaluation,
+                on_progress=None if progress is None else progress.note,
             )
         )
     options = stage.trainer

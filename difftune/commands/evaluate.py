@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +15,6 @@ from difftune.report.figures import FIGURES, can_draw, save_figure
 from difftune.result_folder import ResultFolder
 
 log = logging.getLogger(__name__)
-
-_WEIGHTS = (".safetensors", ".pt", ".bin")
 
 
 def evaluate_tasks(
@@ -95,18 +92,6 @@ def evaluate_tasks(
             if folder is not None:
                 folder.write(label, {}, mean, 0)
     return results
-
-
-def describe_model(path: str) -> dict[str, Any]:
-    """What tells a model from the one that stood in its place before: its path, and its weight files.
-
-    Args:
-        path: A folder or hub id.
-    """
-    folder = Path(path)
-    files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS) if folder.is_dir() else []
-    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return {"model": str(folder.resolve()) if folder.is_dir() else path, "weights": weights}
 
 
 class _Counter:

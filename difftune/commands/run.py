@@ -1,6 +1,5 @@
 """What fit, prepare, evaluate, generate and export do, in reading order: build objects, run them, say what came out."""
 
-import dataclasses
 import logging
 import shutil
 import signal
@@ -30,10 +29,10 @@ from difftune.checkpoints.export import ExportReport, auto_format, export_model
 from difftune.checkpoints.load import load_model
 from difftune.checkpoints.merge import merge_adapter
 from difftune.commands.dry_run import dry_run_stage, report_size
-from difftune.commands.evaluate import describe_model, evaluate_tasks
+from difftune.commands.evaluate import evaluate_tasks
 from difftune.commands.prepare import check_quickly, prepare_stages
+from difftune.commands.result_inputs import describe_inputs
 from difftune.config import Config, StageConfig
-from difftune.config.checks import task_defaults
 from difftune.config.text import to_yaml
 from difftune.data.tokenizers import require_vocabulary
 from difftune.evaluation.generation import generate_texts
@@ -148,36 +147,30 @@ def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None
         prepare_stages(config, tokenizer, console, workers=workers, teacher=teacher, check=check)
 
 
-def evaluate(config: Config, out: Path | None = None) -> dict[str, dict[str, Any]]:
+def evaluate(config: Config, out: Path | None = None, *, overwrite: bool = False) -> dict[str, dict[str, Any]]:
     """Run every task, print tables, and return the figures by task name.
 
     Args:
         config: With `model.path` and `evaluation`.
         out: Folder for `results.json`, `metrics.jsonl` and `samples/TASK.jsonl`, written while it works; what it holds
             already is not done again. None: nothing is written.
+        overwrite: Measure anew what `out` holds.
 
     Raises:
-        ValueError: If `out` holds results of another model or of other settings.
+        ValueError: If `out` holds results of another model, other data or other settings.
         SystemExit: With 128 + the number of the signal that stopped the work, once everything is written.
             With 1 if a task could not reach what it needs, such as a judge.
     """
     set_up_logging()
     assert config.model.path is not None, "checked with the config"
     folder = None if out is None else ResultFolder(out)
-    if folder is not None:
-        # What is computed does not depend on how many prompts are decoded together.
-        defaults = {
-            name: value for name, value in vars(task_defaults(config.evaluation)).items() if name != "batch_size"
-        }
-        settings = {
-            task.task_name(): {**dataclasses.asdict(task), "defaults": defaults} for task in config.evaluation.tasks
-        }
-        run_time = {name: getattr(config.model, name) for name in ("dtype", "attention_backend", "quantization")}
-        with naming("--out"):
-            folder.open({**describe_model(config.model.path), **run_time, "tasks": settings})
     with Preemption() as preemption:
         tasks = build_tasks(config.evaluation)
         model, tokenizer = _load_for_inference(config)
+        if folder is not None:
+            # With a model that can be loaded: what --overwrite removes is to be replaced.
+            with naming("--out"):
+                folder.open(describe_inputs(config, tasks, tokenizer), overwrite=overwrite)
         # The first Ctrl-C, too, lets what was generated be graded and written.
         with Preemption((signal.SIGINT,)) as interrupt:
             results = evaluate_tasks(

@@ -53,6 +53,7 @@ class ScheduledEvaluation(Callback):
         time_limit_s: Seconds for one evaluation; what a task leaves over goes to those after it. None: no limit.
         should_stop: Polled while texts are generated; True ends the evaluation at once (preemption).
         on_result: Called on all ranks with the trainer and the metrics of each evaluation that is complete.
+        on_progress: Called with how far a task is, after each of its blocks.
 
     Raises:
         ValueError: If a setting is out of range or there is no task; at the start of training, if the number of steps
@@ -74,6 +75,7 @@ class ScheduledEvaluation(Callback):
         time_limit_s: float | None = None,
         should_stop: Callable[[], bool] | None = None,
         on_result: Callable[[Trainer, dict[str, float]], None] | None = None,
+        on_progress: Callable[[str], None] | None = None,
     ) -> None:
         names = [task.name for task in tasks]
         if not names or len(set(names)) < len(names):
@@ -93,7 +95,7 @@ class ScheduledEvaluation(Callback):
         self.stage, self.before, self.at_end = stage, before, at_end
         self.every_n_steps, self.every_n_tokens, self.every_fraction = every_n_steps, every_n_tokens, every_fraction
         self.time_limit_s = time_limit_s
-        self.should_stop, self.on_result = should_stop, on_result
+        self.should_stop, self.on_result, self.on_progress = should_stop, on_result, on_progress
         self.results: dict[int, dict[str, Result]] = {}
         """What this process has evaluated: results by task name, by optimiser step."""
         self._evaluated_step: int | None = None
@@ -225,6 +227,7 @@ class ScheduledEvaluation(Callback):
                 part=(trainer.global_rank, trainer.world_size),
                 should_stop=sign.is_up,
                 deadline=None if left is None else started + left / tasks_left,
+                on_block=self._progress_of(task, trainer.world_size),
             )
         except Exception as failure:
             error = failure
@@ -232,6 +235,19 @@ class ScheduledEvaluation(Callback):
         seconds = time.monotonic() - started
         evaluated.finish()
         return gather_parts(samples, sign.is_up(), seconds, error)
+
+    def _progress_of(self, task: Task[Any], ranks: int) -> Callable[[list[Any]], None] | None:
+        """What counts the items of this rank, as they are done."""
+        if self.on_progress is None:
+            return None
+        done, mine, tell = 0, -(-task.num_items // ranks), self.on_progress
+
+        def count(samples: list[Any]) -> None:
+            nonlocal done
+            done += len({sample.index for sample in samples})
+            tell(f"evaluating {task.name}, {done} of {mine}")
+
+        return count
 
     def _say(self, trainer: Trainer, how: str) -> None:
         """Log how a sharded model is gathered, the first time and when it changes."""

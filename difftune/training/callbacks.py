@@ -137,6 +137,10 @@ class LambdaMonitor(Callback):
         return listen
 
 
+NOTE_EVERY_S = 30.0
+"""Seconds between two lines about what is done between steps, where there is no bar."""
+
+
 class RichProgress(ProgressBar):
     """Steps, loss, learning rate, tokens a second and the time left: a bar on a terminal, else a line a log step.
 
@@ -153,6 +157,7 @@ class RichProgress(ProgressBar):
         self.console = console or Console()
         self._enabled = True
         self._bar: Progress | None = None
+        self._noted = 0.0
 
     def disable(self) -> None:
         """Show nothing; Lightning calls it on all ranks but the first."""
@@ -164,7 +169,9 @@ class RichProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar, from the step where the run goes on."""
-        self._start, self._step, self._drawn = time.monotonic(), trainer.global_step, 0.0
+        # The clock starts with the first batch: an evaluation before it says nothing about how long steps take.
+        self._start: float | None = None
+        self._step, self._drawn = trainer.global_step, 0.0
         self._first = trainer.global_step
         if self._enabled and self.console.is_terminal:
             self._bar = Progress(
@@ -178,6 +185,27 @@ class RichProgress(ProgressBar):
             self._bar.start()
             total = self._total(trainer)
             self._bar.add_task(self.title, total=total, completed=trainer.global_step, status="")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Start the clock of the time that is left."""
+        if self._start is None:
+            self._start = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Show what is done between two steps, such as how far an evaluation is: in the bar, else twice a minute.
+
+        Args:
+            text: In the place of the figures, until the next step.
+        """
+        now = time.monotonic()
+        if not self._enabled or now - self._noted < (0.5 if self._bar is not None else NOTE_EVERY_S):
+            return
+        # The first note of an evaluation is no news: what is short ends before the second.
+        is_first, self._noted = self._noted == 0.0, now
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], status=text, refresh=True)
+        elif not is_first:
+            self.console.print(f"{self.title}: {text}", highlight=False)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Redraw, or print a line."""
@@ -231,7 +259,7 @@ class RichProgress(ProgressBar):
             parts.append(f"{logged['perf/tokens_per_s']:,.0f} tokens/s")
         total = self._total(trainer)
         done = trainer.global_step - self._first
-        if total and done:
+        if total and done and self._start is not None:
             left = int((time.monotonic() - self._start) / done * (total - trainer.global_step))
             parts.append(f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
         return "  ".join(parts)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from difftune.commands.evaluate import describe_model, evaluate_tasks
+from difftune.commands.evaluate import evaluate_tasks
 from difftune.result_folder import ResultFolder
 from tests.evaluation.toy_task import SquareTask
 
@@ -86,13 +86,3 @@ def test_the_time_that_a_task_leaves_over_goes_to_those_after_it(tmp_path: Path)
     results, _ = evaluate([SquareTask(3, "a"), SquareTask(3, "b")], tmp_path, time_limit_s=100)
     assert all(figures["complete"] for figures in results.values())
     assert evaluate([SquareTask(3)], None, time_limit_s=1e-9)[0] == {}
-
-
-def test_a_model_is_told_from_one_that_took_its_place(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    (tmp_path / "config.json").write_text("{}")
-    first = describe_model(str(tmp_path))
-    assert [name for name, _, _ in first["weights"]] == ["model.safetensors"] and describe_model(str(tmp_path)) == first
-    (tmp_path / "model.safetensors").write_bytes(b"abcd")
-    assert describe_model(str(tmp_path)) != first
-    assert describe_model("hub/id") == {"model": "hub/id", "weights": []}

@@ -79,6 +79,7 @@ class FakeTask:
         self, name: str = "fake", complete: bool = True, act: Callable[[], None] = lambda: None, size: int = 1
     ) -> None:
         self.name, self.complete, self.act, self.size = name, complete, act, size
+        self.num_items = size
         self.deadlines: list[float | None] = []
         self.closed = False
 
@@ -90,10 +91,14 @@ class FakeTask:
         part: tuple[int, int],
         should_stop: Callable[[], bool] | None,
         deadline: float | None,
+        on_block: Callable[[list[FakeSample]], None] | None = None,
     ) -> list[FakeSample]:
         self.deadlines.append(deadline)
         self.act()
-        return [FakeSample(index) for index in range(part[0], self.size, part[1])]
+        samples = [FakeSample(index) for index in range(part[0], self.size, part[1])]
+        if on_block is not None:
+            on_block(samples)
+        return samples
 
     def summarise(self, samples: Iterable[FakeSample]) -> FakeResult:
         return FakeResult(self.complete, sorted(samples, key=lambda sample: sample.index))

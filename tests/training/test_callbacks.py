@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 import torch
@@ -139,8 +140,8 @@ def progress(terminal, **settings):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=120)
     module = build_module()
-    callbacks = [Throughput(), RichProgress("answers", console=console)]
-    build_trainer(callbacks, **{"max_steps": 10, **settings}).fit(module, ToyData(batches=12))
+    watched = [Throughput(), RichProgress("answers", console=console)]
+    build_trainer(watched, **{"max_steps": 10, **settings}).fit(module, ToyData(batches=12))
     return output.getvalue()
 
 
@@ -168,3 +169,36 @@ def test_disabled_it_shows_nothing():
     bar.disable()
     trainer.fit(build_module(), ToyData())
     assert output.getvalue() == ""
+
+
+class HourBefore(Callback):
+    """Evaluates for an hour before the first step, by a clock that the test moves."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_start(self, trainer, module):
+        self.clock.now += 3600
+
+    def on_train_batch_end(self, *unused):
+        self.clock.now += 2
+
+
+def test_an_evaluation_before_training_is_not_in_the_time_that_is_left(monkeypatch):
+    clock, output = Clock(monkeypatch, "difftune.training.callbacks"), io.StringIO()
+    bar = RichProgress("answers", console=Console(file=output, force_terminal=False, width=120))
+    build_trainer([HourBefore(clock), bar], max_steps=10).fit(build_module(), ToyData(batches=12))
+    assert re.findall(r"eta (\S+)", output.getvalue()) == ["0:00:18", "0:00:10", "0:00:00"]
+
+
+def test_what_is_done_between_steps_is_said_twice_a_minute_and_not_at_once(monkeypatch):
+    clock, output = Clock(monkeypatch, "difftune.training.callbacks"), io.StringIO()
+    bar = RichProgress("answers", console=Console(file=output, force_terminal=False, width=120))
+    for done in range(12):
+        bar.note(f"evaluating sums, {done} of 12")
+        clock.now += 10
+    assert output.getvalue().splitlines() == [f"answers: evaluating sums, {done} of 12" for done in (3, 6, 9)]
+    bar.disable()
+    clock.now += 100
+    bar.note("evaluating")
+    assert len(output.getvalue().splitlines()) == 3
