@@ -273,8 +273,6 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         rest = (value for name, value in output.items() if name in (CACHE, "hidden_states", "attentions"))
         return (output.loss, output.logits, *rest)
 
-    # With transformers' signature, which `generate` reads to see whether it may be given embeddings.
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # type: ignore[override]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers; the cache by its older name, under which PEFT (0.21) looks for it to add a prefix."""
         mixin: Any = super()  # whose annotation of self no class of a model fits
@@ -282,6 +280,9 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
+
+    # `generate` reads transformers' own signature to see whether it may be given embeddings.
+    functools.update_wrapper(prepare_inputs_for_generation, GenerationMixin.prepare_inputs_for_generation, assigned=())
 
     def generate_batch(self, *unused: Any, **options: Any) -> Any:
         """Refuse transformers' continuous batching, which calls attention kernels of one map a head.
