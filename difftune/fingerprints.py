@@ -11,8 +11,11 @@ from typing import Any
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def files_hash(folder: str | Path, files: Iterable[Path]) -> str:

@@ -13,6 +13,7 @@
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import yaml
 
 from difftune.environment import describe_environment
 from difftune.small_files import read_json_mapping, read_yaml_mapping
-from difftune.training.checkpoint_io import find_damage, find_resumable
+from difftune.training.checkpoint_io import MANIFEST, find_damage, find_resumable
+from difftune.writing import one_writer, write_whole
 
 _SAME_RUN = ("model", "tokenizer", "adapter")
+_PREPARED = ("cache", "data_check.json", "data_check.png")
+"""What `prepare` writes before there is a run."""
 
 
 class RunFolder:
@@ -34,6 +38,25 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def writing(self, *, is_first: bool) -> AbstractContextManager[None]:
+        """Hold the folder as its one writer: all processes of a run are one, for which the first stands.
+
+        Raises:
+            ValueError: If another process writes there, or if it holds files and no run.
+        """
+        if not is_first:
+            return nullcontext()
+        return one_writer(self.path, name="run_dir", what="run", is_ours=self.is_run, parts=_PREPARED)
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run."""
+        if any((self.path / "checkpoints").glob(f"*/step-*/{MANIFEST}")):
+            return True
+        try:
+            return "difftune" in read_json_mapping(self.path / "environment.json")["packages"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def open(self, config_yaml: str, *, may_go_on: bool) -> None:
         """Write the config and the environment.
@@ -53,9 +76,9 @@ class RunFolder:
                 )
             if old.is_file():
                 _check_same_run(read_yaml_mapping(old), yaml.safe_load(config_yaml), self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        old.write_text(config_yaml, encoding="utf-8")
+        # First: it says of a folder that it is a run's.
         write_json(self.path / "environment.json", describe_environment())
+        write_whole(old, config_yaml)
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""
@@ -113,8 +136,7 @@ class RunFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def _check_same_run(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -246,7 +246,7 @@ def _quick_verdict(answer: Answer | None, gold: str) -> str | None:
         return "unparsed"
     right = normalise(_own_answer(gold))
     given = _said(answer, right)
-    if _spelling(given) == _spelling(right):
+    if _spelling(right) in (_spelling(given), _spelling(normalise(answer.text))):
         return "correct"
     letter, wanted = choice_of(given), choice_of(right)
     if letter and wanted:

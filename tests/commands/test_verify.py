@@ -25,7 +25,13 @@ def model_folder(tmp_path):
 @pytest.fixture
 def claims(monkeypatch):
     """What is found, and the models, dtypes and devices that it was asked of."""
-    found = {"verify_model": [GOOD], "verify_backends": [], "verify_files": [], "verify_precisions": [], "verify_training": []}
+    found = {
+        "verify_model": [GOOD],
+        "verify_backends": [],
+        "verify_files": [],
+        "verify_precisions": [],
+        "verify_training": [],
+    }
     asked = []
 
     def stand_in(name):
@@ -54,7 +60,9 @@ def test_what_holds_is_shown_under_what_it_was_found_on(claims, model_folder, ca
     ]
 
 
-@pytest.mark.parametrize("place", ["verify_backends", "verify_model", "verify_files", "verify_precisions", "verify_training"])
+@pytest.mark.parametrize(
+    "place", ["verify_backends", "verify_model", "verify_files", "verify_precisions", "verify_training"]
+)
 def test_one_failure_anywhere_is_the_exit_code(claims, model_folder, capsys, place):
     claims[0][place] = [BAD, GOOD]
     assert cli.main(["verify", "--model", model_folder]) == 1

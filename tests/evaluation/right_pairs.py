@@ -354,6 +354,8 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{\frac{4}{x+1}}", "4/(x+1)"),
     ],
     "huge and lists": [
+        ("The area is 3.\n\nThe volume is 5.", "The area is 3.\n\nThe volume is 5."),
+        ("#### y=x+\\cdots\nz=1-x+\\cdots", "y=x+\\cdots\nz=1-x+\\cdots"),
         (r"\boxed{2^{100}}", "2^{100}"),
         (r"\boxed{\frac{1}{7^{80}}}", r"7^{-80}"),
         (r"\boxed{\frac{100!}{98!}}", "9900"),

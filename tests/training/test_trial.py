@@ -71,9 +71,11 @@ def test_a_step_that_fails_is_one_message(monkeypatch):
         raise RuntimeError("expected scalar type Float but found BFloat16")
 
     monkeypatch.setattr(DiffTransformerForCausalLM, "forward", fail)
-    with pytest.raises(ValueError, match="^one step in bf16-mixed fails: expected scalar type Float.*; set trainer"):
+    with pytest.raises(ValueError, match=r"^one step in bf16-mixed fails: expected scalar type Float.*; set trainer"):
         trial_of(build_student(), "bf16-mixed")
-    with pytest.raises(ValueError, match="^one step in 32-true fails: .*BFloat16; choose another model.attention_back"):
+    with pytest.raises(
+        ValueError, match=r"^one step in 32-true fails: .*BFloat16; choose another model.attention_back"
+    ):
         trial_of(build_student(), "32-true")
 
 
