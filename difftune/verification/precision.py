@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -65,9 +66,9 @@ def try_precision(
         torch.manual_seed(0)
         model = cast_weights(DiffTransformerForCausalLM(small), dtype)
         rows = torch.randint(small.vocab_size, (2, _LENGTH))
-        batches = DataLoader([{"input_ids": rows, "labels": rows}], batch_size=None)
+        batches: Any = [{"input_ids": rows, "labels": rows}]
         module = FinetuneModule(model, lr=1e-3, schedule="constant")
-        return take_trial(module, batches, precision=precision, accelerator=accelerator)
+        return take_trial(module, DataLoader(batches, batch_size=None), precision=precision, accelerator=accelerator)
 
 
 def describe(trial: Trial) -> str:
