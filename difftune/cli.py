@@ -10,14 +10,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from difftune import __version__
 from difftune.cli_arguments import Invocation, UsageError, number, option_overrides, parse, task_overrides
 from difftune.cli_commands import COMMANDS, command_help, help_text
 from difftune.interruption import raising
-from difftune.left_behind import nothing_left_if_refused
 from difftune.rank_errors import is_told_by_first
 from difftune.user_errors import is_user_error, message_of, naming
 
@@ -130,8 +128,7 @@ def _run(found: Invocation) -> int:
             check="check" in found.flags,
         )
     elif command == "evaluate":
-        with nothing_left_if_refused(Path(out), keep="samples/*") if out else nullcontext():
-            run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
+        run.evaluate(config, out=Path(out) if out else None, overwrite="overwrite" in found.flags)
     elif command == "generate":
         prompts = [sys.stdin.read() if text == "-" else text for text in found.values["prompt"]]
         if not all(prompt.strip() for prompt in prompts):

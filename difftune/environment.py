@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,14 @@ TESTED = {
 """The newest versions that the whole test suite was run with: those of constraints.txt, which no wheel carries."""
 
 
+# Not those of recipes: max_new_tokens, tokenizer, num_key_value_heads.
+_SECRET_NAME = r"[\w.\-]*(?:(?<!num_)key|token(?!s|iz)|secret|passw|credential)[\w.\-]*"
+_SECRET_VALUE = re.compile(
+    rf"(?P<name>{_SECRET_NAME}[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|(?!\$\{{)[^\s,}}\]\"']+)", re.IGNORECASE
+)
+_IN_ADDRESS = re.compile(r"(://)[^/@\s]+@")
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, devices, threads, command line and git commit, as plain JSON values; absent packages are null."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -53,9 +63,28 @@ def describe_environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": round(total_memory_bytes() / 2**30, 1),
-        "command": sys.argv,
+        "command": mask_secrets(sys.argv),
         "git": _git_state(Path(__file__).parent),
     }
+
+
+def mask_secrets(command: Sequence[str]) -> list[str]:
+    """A command line with `***` for keys, tokens, secrets and passwords, and for those in addresses.
+
+    Args:
+        command: Its words. The value of a name follows `=` or `:` in the same word, or is the next one.
+
+    Example:
+        >>> mask_secrets(["fit", "judge.api_key=sk-1", "--hf-token", "hf_1", "evaluation.max_new_tokens=64"])
+        ['fit', 'judge.api_key=***', '--hf-token', '***', 'evaluation.max_new_tokens=64']
+    """
+    masked, is_next_secret = [], False
+    for word in command:
+        shown = "***" if is_next_secret and not word.startswith("-") else word
+        shown = _SECRET_VALUE.sub(r"\g<name>***", _IN_ADDRESS.sub(r"\1***@", shown))
+        is_next_secret = word.startswith("--") and re.fullmatch(_SECRET_NAME, word, re.IGNORECASE) is not None
+        masked.append(shown)
+    return masked
 
 
 def untested_versions() -> dict[str, tuple[str, str]]:

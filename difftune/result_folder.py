@@ -15,11 +15,14 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from difftune.evaluation.task import Task
+from difftune.small_files import read_json_mapping, read_whole_lines
+from difftune.writing import one_writer, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,29 @@ class ResultFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def writing(self, *, is_first: bool) -> AbstractContextManager[None]:
+        """Hold the folder as its one writer, if this is the first process.
+
+        Raises:
+            ValueError: If another process writes there, or if it holds files and no results.
+        """
+        if not is_first:
+            return nullcontext()
+        return one_writer(self.path, name="--out", what="results", is_ours=self.is_results)
+
+    def is_results(self) -> bool:
+        """Whether the folder holds results, one of whose files may be damaged."""
+        for name in ("settings.json", "results.json"):
+            try:
+                if "tasks" in read_json_mapping(self.path / name):
+                    return True
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                if (self.path / "samples").is_dir():
+                    return True
+        return False
 
     def open(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         """Make the folder, or find that it holds results of the same inputs, to which the missing ones are added.
@@ -83,12 +109,12 @@ class ResultFolder:
                 file.unlink(missing_ok=True)
         left = {name: figures for name, figures in self.results().items() if name not in names}
         if (file := self.path / "results.json").is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json_mapping(file)
             self._write("results.json", json.dumps({**content, "tasks": left}, indent=2) + "\n")
         if (file := self.path / "metrics.jsonl").is_file():
             gone = tuple(f"eval/{name}/" for name in (*names, "mean"))
-            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            stay = [json.dumps(line) + "\n" for line in lines if not line["name"].startswith(gone)]
+            lines = read_whole_lines(file)
+            stay = [json.dumps(line) + "\n" for line in lines if not str(line.get("name")).startswith(gone)]
             self._write("metrics.jsonl", "".join(stay))
 
     def samples(self, task: Task[Any]) -> list[Any]:
@@ -125,7 +151,7 @@ class ResultFolder:
     def results(self) -> dict[str, Any]:
         """The figures by task name that were written before."""
         file = self.path / "results.json"
-        return json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() else {}
+        return read_json_mapping(file).get("tasks", {}) if file.is_file() else {}
 
     def write(self, model: str, results: dict[str, dict[str, Any]], metrics: dict[str, float], step: int) -> None:
         """Write results and metrics.
@@ -139,7 +165,7 @@ class ResultFolder:
         merged = {**self.results(), **results}
         self._write("results.json", json.dumps({"model": model, "tasks": merged}, indent=2) + "\n")
         file = self.path / "metrics.jsonl"
-        old = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        old = read_whole_lines(file)
         shared = {"stage": "evaluate", "time": round(time.time(), 3)}
         new = [
             {
@@ -151,7 +177,7 @@ class ResultFolder:
             }
             for name, value in metrics.items()
         ]
-        kept = [line for line in old if line["name"] not in metrics]
+        kept = [line for line in old if line.get("name") not in metrics]
         self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in [*kept, *new]))
 
     def _samples_file(self, name: str) -> Path:
@@ -159,11 +185,7 @@ class ResultFolder:
 
     def _write(self, name: str, text: str) -> None:
         """Write a file in one go: an interruption leaves the old one."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(self.path / name, text)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:

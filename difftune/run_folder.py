@@ -9,10 +9,14 @@
     checkpoints/STAGE/ step-*, best, and done.json once the stage has ended
     samples/           what was generated and how it was graded, STAGE-STEP.jsonl
     cache/             tokenised data, keyed by content
-    export/            the finished model
+    export/            the finished model; export.json lists its files
 """
 
+import hashlib
 import json
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,16 @@ import yaml
 
 from difftune.environment import describe_environment
 from difftune.small_files import read_json_mapping, read_yaml_mapping
-from difftune.training.checkpoint_io import find_damage, find_resumable
+from difftune.training.checkpoint_io import MANIFEST, find_damage, find_resumable
+from difftune.writing import one_writer, write_whole
 
+log = logging.getLogger(__name__)
+
+_EXPORTED = "export.json"
+_BEGINNING = 2**20
 _SAME_RUN = ("model", "tokenizer", "adapter")
+_PREPARED = ("cache", "data_check.json", "data_check.png")
+"""What `prepare` writes before there is a run."""
 
 
 class RunFolder:
@@ -34,6 +45,25 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def writing(self, *, is_first: bool) -> AbstractContextManager[None]:
+        """Hold the folder as its one writer: all processes of a run are one, for which the first stands.
+
+        Raises:
+            ValueError: If another process writes there, or if it holds files and no run.
+        """
+        if not is_first:
+            return nullcontext()
+        return one_writer(self.path, name="run_dir", what="run", is_ours=self.is_run, parts=_PREPARED)
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run."""
+        if any((self.path / "checkpoints").glob(f"*/step-*/{MANIFEST}")):
+            return True
+        try:
+            return "difftune" in read_json_mapping(self.path / "environment.json")["packages"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def open(self, config_yaml: str, *, may_go_on: bool) -> None:
         """Write the config and the environment.
@@ -53,9 +83,9 @@ class RunFolder:
                 )
             if old.is_file():
                 _check_same_run(read_yaml_mapping(old), yaml.safe_load(config_yaml), self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        old.write_text(config_yaml, encoding="utf-8")
+        # First: it says of a folder that it is a run's.
         write_json(self.path / "environment.json", describe_environment())
+        write_whole(old, config_yaml)
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""
@@ -95,6 +125,25 @@ class RunFolder:
         best = self.checkpoints(stage) / "best"
         return best if best.is_dir() else self.last_checkpoint(stage)
 
+    def clear_export(self) -> None:
+        """Make `export/` free to be replaced: where it holds anything but what was exported, it is set aside."""
+        export = self.path / "export"
+        if not export.is_dir():
+            return
+        try:
+            listed = read_json_mapping(self.path / _EXPORTED)
+        except (FileNotFoundError, ValueError):
+            listed = {}
+        changed = sorted(name for name, entry in _listing(export).items() if listed.get(name) != entry)
+        if changed:
+            number = next(n for n in count(1) if not (self.path / f"export-kept-{n}").exists())
+            kept = export.rename(self.path / f"export-kept-{number}")
+            log.warning("export/ holds files that were not exported, such as %s: all of it is now %s", changed[0], kept)
+
+    def list_export(self) -> None:
+        """Note what was exported."""
+        write_json(self.path / _EXPORTED, _listing(self.path / "export"))
+
     def mark_ended(self, stage: str, step: int, end: dict[str, Any]) -> None:
         """Note that a stage ran to its end.
 
@@ -111,10 +160,19 @@ class RunFolder:
         return done.is_file() and read_json_mapping(done).get("end") == end
 
 
+def _listing(folder: Path) -> dict[str, list[Any]]:
+    """Size, and hash of the first MiB, of every file."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(_BEGINNING)).hexdigest()
+        found[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def _check_same_run(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -28,6 +28,25 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
     return _read(path, json.loads)
 
 
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of ours; none if it is not there.
+
+    A line that is torn, as a power cut or a full disk leaves it, is left out: it is written again when its work is done
+    again.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
 def _read(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = load(path.read_text(encoding="utf-8"))

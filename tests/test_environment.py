@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from difftune import environment
-from difftune.environment import TESTED, describe_environment, total_memory_bytes, untested_versions, version_of
+from difftune.environment import (
+    TESTED,
+    describe_environment,
+    mask_secrets,
+    total_memory_bytes,
+    untested_versions,
+    version_of,
+)
 from tests.conftest import ROOT
 
 
@@ -57,3 +64,33 @@ def test_a_package_that_is_not_there_has_no_version_and_is_not_newer(monkeypatch
     assert version_of("no-such-package-at-all") is None
     monkeypatch.setattr(environment, "version_of", lambda name: None)
     assert untested_versions() == {}
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("judge.api_key=sk-1", "judge.api_key=***"),
+        ("API_KEYS=a", "API_KEYS=***"),
+        ("HF_TOKEN=hf_1", "HF_TOKEN=***"),
+        ("client-secret=a:b", "client-secret=***"),
+        ("db.password='a b'", "db.password=***"),
+        (
+            "evaluation.tasks=[{kind: x, api_key: sk-1, limit: 3}]",
+            "evaluation.tasks=[{kind: x, api_key: ***, limit: 3}]",
+        ),
+        ('a={"token": "x y"}', 'a={"token": ***}'),
+        ("--api-key=sk-1", "--api-key=***"),
+        ("url=https://me:pw@host/v1", "url=https://***@host/v1"),
+        ("judge.api_key=${oc.env:KEY}", "judge.api_key=${oc.env:KEY}"),
+        ("evaluation.max_new_tokens=64", "evaluation.max_new_tokens=64"),
+        ("model.num_key_value_heads=4", "model.num_key_value_heads=4"),
+        ("tokenizer=digits", "tokenizer=digits"),
+    ],
+)
+def test_secrets_of_a_command_line_are_masked(word, shown):
+    assert mask_secrets(["difftune", word]) == ["difftune", shown]
+
+
+def test_the_value_of_a_secret_option_is_masked(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["difftune", "--hf-token", "hf_1", "--debug"])
+    assert describe_environment()["command"] == ["difftune", "--hf-token", "***", "--debug"]

@@ -58,3 +58,26 @@ def test_a_stage_that_ended_without_a_checkpoint_is_an_error(folder):
 def test_the_best_checkpoint_is_what_a_stage_came_to(folder):
     (folder.checkpoints("main") / "best").mkdir(parents=True)
     assert folder.finished_checkpoint("main").name == "best"
+
+
+def test_an_export_is_replaced_unless_it_holds_anything_else(folder, caplog):
+    export = folder.path / "export"
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    folder.list_export()
+    folder.clear_export()
+    assert [path.name for path in folder.path.glob("export*")].count("export") == 1 and export.is_dir()
+    (export / "thesis.txt").write_text("mine")
+    folder.clear_export()
+    assert not export.exists() and (folder.path / "export-kept-1" / "thesis.txt").read_text() == "mine"
+    assert "such as thesis.txt" in caplog.text
+    export.mkdir()
+    (export / "config.json").write_text("{1}")
+    folder.clear_export()
+    assert (folder.path / "export-kept-2" / "config.json").read_text() == "{1}"
+
+
+def test_a_folder_is_a_run_by_its_environment_alone(folder, tmp_path):
+    assert folder.is_run() and not RunFolder(tmp_path).is_run()
+    (folder.path / "environment.json").write_text('{"mine": 1}')
+    assert not folder.is_run()

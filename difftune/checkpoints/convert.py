@@ -277,7 +277,7 @@ def _read_text(path: Path) -> str:
 def _rows_of_text(folder: Path, name: str, content: str, longest: int) -> dict[str, list[list[int]]]:
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ValueError(f"the source has no tokenizer, so {name} cannot be read: leave the text out, or add one")
-    ids = AutoTokenizer.from_pretrained(folder)(content)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(content)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"{name} has {len(ids)} tokens: give a text of at least 2")
     part = f"first {TEXT_TOKENS:,} of {len(ids):,} tokens" if len(ids) > TEXT_TOKENS else f"{len(ids):,} tokens"

@@ -158,7 +158,7 @@ def _compare(model: DiffTransformerForCausalLM, folder: Path) -> tuple[str, floa
     """Reload ``folder`` with transformers alone and compare logits; returns class name, difference, budget."""
     ours = _full_precision_on_cpu(model)
     auto: Any = AutoModelForCausalLM  # its stub does not know output_loading_info
-    reloaded, info = auto.from_pretrained(folder, dtype=ours.dtype, output_loading_info=True)
+    reloaded, info = auto.from_pretrained(folder, dtype=ours.dtype, output_loading_info=True, trust_remote_code=False)
     wrong = {what: names for what, names in info.items() if names}
     if wrong:
         raise ValueError(f"{type(reloaded).__name__} does not find its tensors in the export: {wrong}")

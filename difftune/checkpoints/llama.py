@@ -143,11 +143,13 @@ def read_gguf(path: Path, *, dtype: torch.dtype | None = None) -> tuple[PreTrain
     if not transformers.utils.is_gguf_available():
         raise ImportError(f"{path} is a GGUF file, and reading it needs a package: pip install gguf")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model_type = AutoConfig.from_pretrained(**where).model_type
+    model_type = AutoConfig.from_pretrained(**where, trust_remote_code=False).model_type
     if model_type not in FAMILIES:
         raise ValueError(f"{path} holds model_type {model_type!r}; of the Llama family are read: {_listed()}")
     unpacked = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype or torch.float32, quantization_config=unpacked)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=dtype or torch.float32, quantization_config=unpacked, trust_remote_code=False
+    )
     config, tensors = model.config, model.state_dict()
     del model
     if config.tie_word_embeddings:

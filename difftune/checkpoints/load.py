@@ -154,11 +154,15 @@ def load_teacher(
             return _without_weights(folder, ours=ours)
         options: dict[str, Any] = {}
         if quantization is not None:
-            compute_dtype = dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
+            compute_dtype = dtype or AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
             options["quantization_config"] = quantization_config(quantization, compute_dtype)
         loader: Any = AutoModelForCausalLM
         model, found = loader.from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **options
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -187,7 +191,9 @@ def _without_weights(folder: Path, *, ours: bool) -> PreTrainedModel:
     with torch.device("meta"):
         if ours:
             return DiffTransformerForCausalLM(read_config(folder, DiffTransformerConfig)).eval()
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        ).eval()
 
 
 def _load_difftune(

@@ -56,6 +56,7 @@ def new_folder(out_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path
                 written = work / _NEW / target.name
                 written.mkdir(parents=True)
                 yield written
+                _follow_umask(written)
                 raise_pending()
                 _put_in_place(written, target, work / _OLD)
         finally:
@@ -165,6 +166,14 @@ def _remove_leftovers(target: Path) -> None:
         except Timeout:
             continue
         log.warning("removed %s, which a process that died had left unfinished", work)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give files the rights that a new file has here: safetensors writes its own for the owner alone."""
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(rights)
 
 
 def _put_in_place(written: Path, target: Path, replaced: Path) -> None:

@@ -148,7 +148,7 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> Source:
     model_class = FAMILIES[foreign.model_type][1]
 
     def save_companions(folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         # GGUF files do not say it, and transformers then assumes that there is no limit.
         tokenizer.model_max_length = min(tokenizer.model_max_length, foreign.max_position_embeddings)
         tokenizer.save_pretrained(folder)

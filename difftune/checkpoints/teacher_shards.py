@@ -81,13 +81,13 @@ def load_sharded_teacher(path_or_hub_id: str, dtype: torch.dtype | None = None) 
 
 def _foreign_skeleton(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, TransformersWeights]:
     """A model of transformers' on the meta device, and its weights."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised")
     stored = LazyTensors(folder)
     dtype = dtype or config.dtype or stored[next(iter(stored))].dtype
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     weights = TransformersWeights(stored, model)
     name = type(model).__name__
     if model._get_dtype_plan(dtype):

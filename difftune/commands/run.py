@@ -78,19 +78,19 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         ValueError: If the config does not fit what is on disk: data, model, or an earlier run in the folder.
     """
     set_up_logging()
-    tokenizer = build_tokenizer(config, of_run=True, write=not dry_run)
     if dry_run:
-        _dry_run(config, tokenizer)
+        _dry_run(config, build_tokenizer(config, of_run=True, write=False))
         return 0
-
-    recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
-    with nothing_left_if_refused(Path(config.run_dir), keep="checkpoints/*/step-*", restore=_REWRITTEN):
-        return _fit(recipe, config, tokenizer)
-
-
-def _fit(recipe: Config, config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`fit` once every object that needs no data could be built."""
     folder = RunFolder(config.run_dir)
+    with folder.writing(is_first=is_first_rank()):
+        tokenizer = build_tokenizer(config, of_run=True)
+        recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
+        with nothing_left_if_refused(folder.path, keep="checkpoints/*/step-*", restore=_REWRITTEN):
+            return _fit(recipe, config, tokenizer, folder)
+
+
+def _fit(recipe: Config, config: Config, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> int:
+    """`fit` once every object that needs no data could be built."""
     if is_first_rank():
         with naming("run_dir"):
             folder.open(to_yaml(recipe), may_go_on=config.resume != "never")
@@ -142,7 +142,8 @@ def prepare(config: Config, *, workers: int, teacher: bool, check: bool) -> None
     """
     set_up_logging()
     # What is tokenised is worth keeping, whatever a later stage is refused for.
-    with nothing_left_if_refused(Path(config.run_dir), keep="cache/*/meta.json"):
+    folder = RunFolder(config.run_dir)
+    with folder.writing(is_first=True), nothing_left_if_refused(folder.path, keep="cache/*/meta.json"):
         tokenizer = build_tokenizer(config, of_run=True)
         prepare_stages(config, tokenizer, console, workers=workers, teacher=teacher, check=check)
 
@@ -162,8 +163,16 @@ def evaluate(config: Config, out: Path | None = None, *, overwrite: bool = False
             With 1 if a task could not reach what it needs, such as a judge.
     """
     set_up_logging()
+    if out is None:
+        return _evaluate(config, None, overwrite=False)
+    folder = ResultFolder(out)
+    with folder.writing(is_first=is_first_rank()), nothing_left_if_refused(out, keep="samples/*"):
+        return _evaluate(config, folder, overwrite=overwrite)
+
+
+def _evaluate(config: Config, folder: ResultFolder | None, *, overwrite: bool) -> dict[str, dict[str, Any]]:
+    """`evaluate` as the one writer of its folder."""
     assert config.model.path is not None, "checked with the config"
-    folder = None if out is None else ResultFolder(out)
     with Preemption() as preemption:
         tasks = build_tasks(config.evaluation)
         model, tokenizer = _load_for_inference(config)
@@ -294,12 +303,14 @@ def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrained
         checkpoint = folder.finished_checkpoint(stage)
         source = f"{checkpoint.relative_to(folder.path)} of a difftune run"
         out = folder.path / "export"
+        folder.clear_export()
         if config.adapter is not None and config.export.format == "auto":
             save_trained_adapter(checkpoint, out, tokenizer=tokenizer, overwrite=True)
             say(f"exported {out}: an adapter, in PEFT's format")
         else:
             model = _load_finished(checkpoint, is_adapter=config.adapter is not None)
             _export(config, model, tokenizer, out, source=source, overwrite=True)
+        folder.list_export()
     headline = headline_text(headline_of(load_run(folder.path)))
     if headline:
         say(headline)

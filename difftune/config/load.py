@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from difftune.config.checks import cross_field_problems
 from difftune.config.field import Constraints, all_keys, describe_kind
 from difftune.config.recipe import RUN_TIME_MODEL_KEYS, Config, StageConfig
+from difftune.config.references import keep_references
 from difftune.config.tree import (
     Override,
     apply_override,
@@ -101,6 +102,8 @@ def build_config(path: str | Path | None, overrides: Sequence[str]) -> tuple[Con
     if builder.problems:
         return None, sorted(builder.problems, key=_reading_order)
     config.stages = built
+    for one, tree in zip((config, *built), trees, strict=True):
+        keep_references(one, tree)
     return config, []
 
 

@@ -14,19 +14,36 @@ import yaml
 
 from difftune.config.field import describe_kind, describe_range
 from difftune.config.recipe import Config, StageConfig
+from difftune.config.references import Reference, references_of
 
 
 def to_yaml(config: Config) -> str:
     """The config with every value resolved, as a recipe that loads to an equal config.
 
-    Stages show what differs from the top level.
+    Stages show what differs from the top level. A value of an environment variable stays the reference to it.
     """
-    tree = dataclasses.asdict(config)
+    tree = _with_references(dataclasses.asdict(config), references_of(config))
     tree["stages"] = [
-        {"name": stage.name, **_difference(dataclasses.asdict(stage), {**tree, "name": stage.name})}
+        {
+            "name": stage.name,
+            **_difference(
+                _with_references(dataclasses.asdict(stage), references_of(stage)), {**tree, "name": stage.name}
+            ),
+        }
         for stage in config.stages
     ]
     return yaml.safe_dump(_escape(tree), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _with_references(value: Any, references: dict[tuple[str | int, ...], str], path: tuple[str | int, ...] = ()) -> Any:
+    """Nested values with the references in their places."""
+    if path in references:
+        return Reference(references[path])
+    if isinstance(value, dict):
+        return {key: _with_references(item, references, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_references(item, references, (*path, index)) for index, item in enumerate(value)]
+    return value
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +65,8 @@ def _escape(value: Any) -> Any:
         return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_escape(item) for item in value]
+    if isinstance(value, Reference):
+        return str(value)
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 

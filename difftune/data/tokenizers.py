@@ -152,7 +152,7 @@ def _finish(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 def _load(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself, transformers whatever a file causes
         where = "it is a folder without a tokenizer" if Path(name).is_dir() else "no such folder"
         raise ValueError(

@@ -2,10 +2,8 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from difftune.evaluation.agreement import Parts, StopSign, gather_parts
 from difftune.evaluation.means import mean_accuracy
 from difftune.evaluation.replicas import Evaluated, plain_weights
 from difftune.evaluation.task import Result, Task
+from difftune.writing import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -270,12 +269,7 @@ def _report(name: str, step: int, result: Result, figures: dict[str, float], tim
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:
     """Write a JSONL file in one go. A full disk is no reason to lose the training: it is logged."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         log.error("samples of %s NOT written: %s", path, error)
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

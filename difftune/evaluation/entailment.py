@@ -123,8 +123,10 @@ def load_entailment_judge(path: str) -> EntailmentJudge:
             of them is entailment.
     """
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no classifier that transformers can load: {error}") from error
     if info["missing_keys"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -279,6 +280,9 @@ class DiffTransformerForCausalLM(DiffTransformerPreTrainedModel, GenerationMixin
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
+
+    # `generate` reads transformers' own signature to see whether it may be given embeddings.
+    functools.update_wrapper(prepare_inputs_for_generation, GenerationMixin.prepare_inputs_for_generation, assigned=())
 
     def generate_batch(self, *unused: Any, **options: Any) -> Any:
         """Refuse transformers' continuous batching, which calls attention kernels of one map a head.

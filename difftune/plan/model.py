@@ -95,7 +95,9 @@ def build_teacher_skeleton(path: str, dtype: str | None) -> PreTrainedModel:
             model: PreTrainedModel = DiffTransformerForCausalLM(_architecture_of(path))
         else:
             try:
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+                model = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"distill.teacher: {path}: {str(error).splitlines()[0]}") from error
         if dtype is not None:

@@ -14,9 +14,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from difftune.small_files import read_json_mapping
 from difftune.training.checkpoint_background import BackgroundCheckpointIO
 from difftune.training.checkpoint_io import AtomicCheckpointIO, list_checkpoints
 from difftune.training.rng import capture_rng, restore_rng
+from difftune.writing import sync_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -279,13 +281,12 @@ class Checkpointing(Checkpoint):
     def _point_to_best(self, step: int, value: float) -> None:
         """Write ``best.json`` and turn the link ``best``, each in one go; the former best may go."""
         record = {"metric": self.best_metric, "mode": self.best_mode, "value": value, "step": step}
-        temporary = self.directory / ".tmp-best.json"
-        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(temporary, self.directory / "best.json")
+        write_whole(self.directory / "best.json", json.dumps(record) + "\n")
         link = self.directory / ".tmp-best"
         link.unlink(missing_ok=True)
         link.symlink_to(self._path(step).name)
         os.replace(link, self.directory / "best")
+        sync_folder(self.directory)
         self._prune()
 
     def _tidy(self, step: int) -> None:
@@ -304,8 +305,8 @@ class Checkpointing(Checkpoint):
                 os.replace(path, aside)
         link, record = self.directory / "best", self.directory / "best.json"
         if link.is_dir() and record.is_file():
-            best = json.loads(record.read_text(encoding="utf-8"))
-            if (best["metric"], best["mode"]) == (self.best_metric, self.best_mode):
+            best = read_json_mapping(record)
+            if (best.get("metric"), best.get("mode")) == (self.best_metric, self.best_mode):
                 self.best_value = best["value"]
                 return
         link.unlink(missing_ok=True)

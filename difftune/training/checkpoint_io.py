@@ -29,6 +29,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from difftune.shard_files import METADATA, SHARDS, ShardedTensors, is_sharded
 from difftune.training.optimizer_state import is_optimizer_tensor, join_tensors
+from difftune.writing import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def commit(temporary: Path, path: Path, step: int, files: dict[str, Any]) -> Non
     manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
     _write(temporary / MANIFEST, lambda file: file.write(manifest.encode()))
     for folder in (temporary / SHARDS, temporary) if is_sharded(temporary) else (temporary,):
-        _sync_folder(folder)
+        sync_folder(folder)
     _replace_folder(temporary, path)
 
 
@@ -292,15 +293,6 @@ def _write(path: Path, write: Any) -> dict[str, Any]:
     return file.entry()
 
 
-def _sync_folder(path: Path) -> None:
-    """Flush the entries of a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace_folder(new: Path, path: Path) -> None:
     """Rename ``new`` to ``path``; a folder there already is moved aside first and removed after."""
     old = None
@@ -309,6 +301,6 @@ def _replace_folder(new: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(new, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from difftune.writing import write_whole
+
 log = logging.getLogger(__name__)
+
+_WRITING = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
+"""What Lightning calls of a logger."""
 
 LOGGERS = ("jsonl", "tensorboard", "wandb", "mlflow")
 
@@ -107,6 +112,8 @@ class MetricsLogger(Logger):
                 file.truncate(size)
                 file.seek(size)
                 file.write(self._waiting)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             log.warning("%s cannot be written (%s): will try again", self.path, error)
             return
@@ -115,13 +122,10 @@ class MetricsLogger(Logger):
 
     def _prepare(self) -> int:
         """Make the file, or take out of it the lines that this run will write again; return its size."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         old = self.path.read_bytes() if self.path.exists() else b""
         kept = b"".join(line for line in old.splitlines(keepends=True) if self._keeps(line))
         if kept != old or not old:
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_bytes(kept)
-            os.replace(temporary, self.path)
+            write_whole(self.path, kept)
         return len(kept)
 
     def _keeps(self, line: bytes) -> bool:
@@ -187,7 +191,45 @@ def build_loggers(
             built.append(MLFlowLogger(experiment_name=project, run_name=title, tracking_uri=uri))
         else:
             raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {name!r}")
-    return built
+    return [logger if isinstance(logger, MetricsLogger) else _silenced_by_errors(logger) for logger in built]
+
+
+def _silenced_by_errors(logger: Logger) -> Logger:
+    """Let a logger that cannot write, as on a full disk, say so once and be silent: the training is worth more."""
+    failed = False
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal failed
+            if failed:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                # Lightning turns what TensorBoard's writer raises into a ValueError of its own.
+                cause = _refusal_of_system(error)
+                if cause is None:
+                    raise
+                failed = True
+                log.error(
+                    "%s cannot write (%s): it logs no more in this stage; the training goes on",
+                    type(logger).__name__,
+                    cause,
+                )
+                return None
+
+        return call
+
+    for name in _WRITING:
+        setattr(logger, name, guarded(getattr(logger, name)))
+    return logger
+
+
+def _refusal_of_system(error: BaseException | None) -> OSError | None:
+    """The error itself, or what it was raised from, if that is an error of the system."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _require(package: str) -> None:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from difftune.modeling.cache import build_cache
 from difftune.modeling.compat import CACHE
 from difftune.training.callbacks import peak_memory_gib
+from difftune.training.devices import device_problem
 from difftune.training.finetune import FinetuneModule
 from difftune.training.strategies import kind_of_device
 
@@ -48,8 +49,10 @@ def take_trial(module: FinetuneModule, batches: Any, *, precision: str, accelera
         accelerator: The Trainer's; one device of it is used.
 
     Raises:
-        ValueError: If the step or the generation fails in this precision.
+        ValueError: If the step or the generation fails in this precision, or there is no such device.
     """
+    if (problem := device_problem(accelerator)) is not None:
+        raise ValueError(problem)
     started = time.perf_counter()
     generation = _Generation()
     settings: dict[str, Any] = {"precision": precision}

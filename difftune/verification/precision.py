@@ -66,10 +66,9 @@ def try_precision(
         torch.manual_seed(0)
         model = cast_weights(DiffTransformerForCausalLM(small), dtype)
         rows = torch.randint(small.vocab_size, (2, _LENGTH))
-        batch: Any = [{"input_ids": rows, "labels": rows}]
-        batches: Any = DataLoader(batch, batch_size=None)
+        batches: Any = [{"input_ids": rows, "labels": rows}]
         module = FinetuneModule(model, lr=1e-3, schedule="constant")
-        return take_trial(module, batches, precision=precision, accelerator=accelerator)
+        return take_trial(module, DataLoader(batches, batch_size=None), precision=precision, accelerator=accelerator)
 
 
 def describe(trial: Trial) -> str:

@@ -140,7 +140,7 @@ def test_model_with_nan_is_refused(make_model: MakeModel, tmp_path: Path) -> Non
     model = make_model()
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="NaN means that the model itself has non-finite weights"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight hold nan or inf"):
         export_model(model, None, tmp_path / "export")
     assert not list(tmp_path.iterdir())
 

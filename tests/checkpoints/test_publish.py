@@ -192,3 +192,13 @@ def test_a_handler_that_is_there_stays(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM] and (tmp_path / "out").is_dir()
+
+
+def test_the_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "model") as folder:
+            (folder / "model.safetensors").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o640

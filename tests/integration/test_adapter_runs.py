@@ -337,7 +337,7 @@ def test_without_an_adapter_the_module_knows_of_none(base):
         ("adapter={preset: atention}", "did you mean 'attention'?"),
         ("adapter={rank: 0}", "adapter.rank must be at least 1, got 0"),
         ("adapter={alpha: 0}", "adapter.alpha must be greater than 0"),
-        ("adapter={ranks: {negative: 0}}", "rank of q2_proj must be an integer of at least 1, got 0"),
+        ("adapter={ranks: {negative: 0}}", "adapter.ranks has negative: 0, which must be at least 1, got 0"),
         ("adapter={alphas: {shared: 0}}", "must be greater than 0, got 0"),
         ("adapter={ranks: {negativ: 2}}", "did you mean 'negative'?"),
         ("adapter={preset: lambda_only, train_lambda: false}", "would train nothing"),

@@ -142,3 +142,16 @@ def test_trl_trains_on_the_loss_of_each_document_alone(kind: str, packing: dict[
     assert logged["loss"] == pytest.approx(expected, rel=1e-5)
     # Read from the logits, which are there for those who ask.
     assert 0 <= logged["mean_token_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_generates_from_embeddings_as_from_tokens(kind: str) -> None:
+    model = build(kind)
+    x = torch.randint(2, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(input_ids=x, **options)
+    embeddings = model.get_input_embeddings()(x)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), expected[:, 7:])
+    assert torch.equal(model.generate(input_ids=x, inputs_embeds=embeddings, **options), expected)

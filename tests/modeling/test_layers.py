@@ -106,7 +106,7 @@ def test_every_form_of_longer_positions_equals_llamas(form, length, tmp_path):
 def test_a_form_without_its_numbers_is_refused():
     model = DiffTransformerForCausalLM(CONFIG)
     before = dict(model.config.rope_parameters)
-    with pytest.raises(ValueError, match=r"rope_parameters .*yarn.*factor"):
+    with pytest.raises(ValueError, match=r"rope_parameters: .*yarn.*factor"):
         model.extend_context(rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0})
     with pytest.raises(ValueError, match=r"rope_type='yarm' is unknown, choose one of"):
         model.extend_context(rope_parameters={"rope_type": "yarm", "rope_theta": 10000.0})

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from difftune.training import loggers
 from difftune.training.loggers import MetricsLogger, build_loggers, is_log_step
@@ -140,6 +142,7 @@ def test_an_absent_package_is_named_with_the_install_line(tmp_path, monkeypatch)
 
 
 def test_wandb_and_mlflow_get_the_run_folder_and_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "_silenced_by_errors", lambda logger: logger)
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(loggers, "WandbLogger", lambda *args, **kwargs: ("wandb", args, kwargs))
     monkeypatch.setattr(loggers, "MLFlowLogger", lambda *args, **kwargs: ("mlflow", args, kwargs))
@@ -160,3 +163,30 @@ def test_wandb_and_mlflow_get_the_run_folder_and_names(tmp_path, monkeypatch):
 def test_an_unknown_logger_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one of jsonl, tensorboard, wandb, mlflow, got 'comet'"):
         build_loggers(["comet"], run_dir=tmp_path)
+
+
+def test_a_logger_that_cannot_write_says_so_once_and_is_silent(tmp_path, monkeypatch, caplog):
+    calls = []
+
+    def full(self, *args, **kwargs):
+        calls.append(args)
+        raise OSError(28, "No space left on device")
+
+    # Behind Lightning, which makes a ValueError of it.
+    monkeypatch.setattr(EventFileWriter, "add_event", full)
+    (logger,) = build_loggers(["tensorboard"], run_dir=tmp_path)
+    for step in range(3):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.save()
+    logger.finalize("success")
+    assert len(calls) <= 2 and caplog.text.count("TensorBoardLogger cannot write") == 1
+
+
+def test_other_errors_of_a_logger_are_not_hidden(tmp_path, monkeypatch):
+    def wrong(self, *args, **kwargs):
+        raise TypeError("a fault of the program")
+
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", wrong)
+    (logger,) = build_loggers(["tensorboard"], run_dir=tmp_path)
+    with pytest.raises(TypeError, match="a fault of the program"):
+        logger.log_metrics({"loss": 1.0}, 1)

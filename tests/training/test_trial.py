@@ -85,3 +85,10 @@ def test_logits_that_are_not_finite_are_a_failure():
         model.lm_head.weight[3] = torch.inf
     with pytest.raises(ValueError, match="logits are not finite"):
         generate_padded(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_as_by_a_training():
+    module = FinetuneModule(build_student(), lr=1e-3, schedule="constant")
+    with pytest.raises(ValueError, match=r"trainer\.accelerator=gpu wants"):
+        take_trial(module, build_arithmetic(), precision="32-true", accelerator="gpu")
