@@ -151,10 +151,11 @@ class DiffTransformerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-        for name in ("lambda_init", "lambda_std_dev"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number, 0 or above, got {value!r}")
+        if not (math.isfinite(self.lambda_std_dev) and self.lambda_std_dev >= 0):
+            raise ValueError(f"lambda_std_dev must be a finite number, 0 or above, got {self.lambda_std_dev!r}")
+        # Below 0 the second map is added: a control, not a model of the paper.
+        if self.lambda_init is not None and not math.isfinite(self.lambda_init):
+            raise ValueError(f"lambda_init must be a finite number, got {self.lambda_init!r}")
         if self.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}")
         if self.num_hidden_layers > MAX_LAYERS:

@@ -29,9 +29,9 @@ def test_the_exit_code_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpus", "0"], "--gpus must be a whole number from 1 on, got 0"),
+        (["--gpus", "0"], "--gpus must be a whole number between 1 and 1000000, got 0"),
         (["--gpus", "many"], "--gpus must be a number, got 'many'"),
-        (["--gpu-memory", "-1"], "--gpu-memory must be above 0 GiB, got -1"),
+        (["--gpu-memory", "-1"], "--gpu-memory must be above 0 and at most 1000000 GiB, got -1"),
         (["--mfu", "40"], "--mfu must be above 0 and at most 1, got 40"),
         (["--gpu", "H1000"], "--gpu H1000 is unknown: choose one of"),
     ],
