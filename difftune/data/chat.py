@@ -80,7 +80,7 @@ def encode_examples(
         for rendered in (
             [Rendered(example.text, [], None)]
             if example.text is not None
-            else render_turns(tokenizer, example.messages, name)
+            else render_turns(tokenizer, example.messages, name, example.tools)
         )
     ]
     texts = [[rendered.text, *rendered.borders()] for _, rendered in documents]

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from difftune.data.formats import Dropped, Message, read_example, resolve_format
+from difftune.data.examples import Dropped, Message
+from difftune.data.formats import read_example, resolve_format
 from difftune.data.sources import Source, read_rows
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from difftune.data.message_fields import needed_texts, tool_names
 from difftune.rendering import render_chat
 
 log = logging.getLogger(__name__)
@@ -49,26 +50,35 @@ class Rendered:
 
 
 def render_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    where: str,
+    tools: Sequence[Any] | None = None,
 ) -> list[Rendered]:
     """The documents of a chat: one, or several where the template rewrites earlier turns.
 
     Args:
         tokenizer: With a chat template.
-        messages: Turns with `role` and `content`.
+        messages: Turns with `role` and `content`; assistant turns with `learned` False are read and not learned.
         where: Names the row in errors.
+        tools: Descriptions of the tools that the chat may call, for the template.
 
     Raises:
-        ValueError: If there is no assistant turn, or the template is not one that can be learned.
+        ValueError: If there is no assistant turn to learn, the template is not one that can be learned, or it leaves
+            out something of the chat.
     """
-    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    assistant = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [place for place in assistant if messages[place].get("learned", True)]
     if not turns:
-        raise ValueError(f"{where}: no label to learn, the row has no assistant turn")
-    if turns[0] == 0:
+        none = "every assistant turn is marked as not to be learned" if assistant else "the row has no assistant turn"
+        raise ValueError(f"{where}: no label to learn, {none}")
+    messages = [{name: value for name, value in message.items() if name != "learned"} for message in messages]
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    if assistant[0] == 0:
         raise ValueError(f"{where}: the row begins with an assistant turn, which nothing asks for")
     documents: list[Rendered] = []
     for place in turns:
-        turn = _render_turn(tokenizer, messages, place, where)
+        turn = _render_turn(tokenizer, messages, place, where, options)
         before = documents[-1] if documents else None
         if before is not None and turn.text.startswith(before.text) and turn.learned[0][0] >= len(before.text):
             documents[-1] = replace(turn, learned=[*before.learned, *turn.learned])
@@ -80,17 +90,24 @@ def render_turns(
 
 
 def _render_turn(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], place: int, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    place: int,
+    where: str,
+    options: dict[str, Any],
 ) -> Rendered:
     """A chat up to an assistant turn, which alone is learned."""
     message = messages[place]
-    prompt = render_chat(tokenizer, messages[:place], where, add_generation_prompt=True)
-    whole = render_chat(tokenizer, messages[: place + 1], where)
+    prompt = render_chat(tokenizer, messages[:place], where, add_generation_prompt=True, **options)
+    whole = render_chat(tokenizer, messages[: place + 1], where, **options)
+    _require_all(messages[: place + 1], options.get("tools", ()), whole, where)
     thought = _thought_of(message)
     continues = whole.startswith(prompt)
     if not continues or (thought and thought not in whole[len(prompt) :]):
         whole = (
-            prompt + _written_after(prompt, message, thought, whole, where) + _ending(tokenizer, messages, place, where)
+            prompt
+            + _written_after(prompt, message, thought, whole, where)
+            + _ending(tokenizer, messages, place, where, options)
         )
     start = len(prompt)
     opened = _OPENED.search(prompt)
@@ -99,7 +116,7 @@ def _render_turn(
     if empty and empty.end() > start and not _EMPTY.match(message.get("content") or ""):
         start = empty.end()
         _say_empty()
-    end = _end(tokenizer, whole, start, lambda: _ending(tokenizer, messages, place, where))
+    end = _end(tokenizer, whole, start, lambda: _ending(tokenizer, messages, place, where, options))
     return Rendered(whole[:end], [(start, end)], place)
 
 
@@ -135,9 +152,28 @@ def _written_after(prompt: str, message: Mapping[str, Any], thought: str, whole:
     )
 
 
-def _ending(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], place: int, where: str) -> str:
+def _require_all(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], text: str, where: str) -> None:
+    """Raise if the template left out a system turn, a tool, a call of one or what it said: it would be lost unseen."""
+    needed = [(f"the {message['role']} turn", one) for message in messages for one in needed_texts(message)]
+    needed += [("the tool", name) for name in tool_names(tools)]
+    for what, one in needed:
+        if one not in text:
+            raise ValueError(
+                f"{where}: the chat template leaves out {one[:60]!r} of {what}: set chat_template to one that writes "
+                "it, or remove it from the row"
+            )
+
+
+def _ending(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    place: int,
+    where: str,
+    options: dict[str, Any],
+) -> str:
     """What the template writes after the content of an assistant turn."""
-    text = render_chat(tokenizer, [*messages[:place], {"role": "assistant", "content": _PLACE}], where)
+    chat = [*messages[:place], {"role": "assistant", "content": _PLACE}]
+    text = render_chat(tokenizer, chat, where, **options)
     _, found, after = text.rpartition(_PLACE)
     if not found:
         raise ValueError(

@@ -70,18 +70,19 @@ def test_format_is_recognised_by_the_columns_of_the_public_set(name):
 
 
 def test_every_format_but_gsm8k_is_recognised_by_its_columns():
-    assert set(FORMATS) - set(ROWS) == {"gsm8k", "math", "svamp", "asdiv", "calc_x", "tabmwp"}  # in test_math_sets.py
+    elsewhere = {"gsm8k", "math", "svamp", "asdiv", "calc_x", "tabmwp"}  # in test_math_sets.py
+    elsewhere |= {"conversations", "alpaca", "openorca", "preferences", "generations"}  # in test_chat_formats.py
+    assert set(FORMATS) - set(ROWS) == elsewhere
 
 
 def test_openthoughts_114k_default_configuration_is_recognised():
     row = {name: OPENTHOUGHTS[name] for name in ("system", "conversations")}
-    assert resolve_format("auto", row, "here") is FORMATS["openthoughts"]
-    assert target("openthoughts", row) == TRACE
+    # Its columns are those of any ShareGPT set with a system column; its delimiters tell it.
+    assert resolve_format("auto", row, "here") is FORMATS["conversations"]
+    assert target("conversations", row) == TRACE
 
 
-@pytest.mark.parametrize(
-    "columns", [{"input": "a", "output": "b"}, {"text": "a", "messages": []}, {"conversations": []}]
-)
+@pytest.mark.parametrize("columns", [{"input": "a", "output": "b"}, {"text": "a", "messages": []}, {"chosen": []}])
 def test_unclear_columns_are_an_error_that_names_columns_and_formats(columns):
     with pytest.raises(ValueError) as error:
         resolve_format("auto", columns, "rows.jsonl, line 1")
