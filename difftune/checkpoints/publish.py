@@ -158,7 +158,7 @@ def without_folders(text: str) -> str:
     """A text in which a path from the root or the home folder is its last name: where it lay is the author's affair.
 
     Example:
-        >>> without_folders("/home/ann/models/base, merged into org/model")
+        >>> without_folders("/disk/models/base, merged into org/model")
         'base, merged into org/model'
     """
     return _PRIVATE_PATH.sub(r"\1", text)

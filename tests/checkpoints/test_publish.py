@@ -207,7 +207,7 @@ def test_the_files_follow_the_umask(tmp_path):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("/home/ann/base", "base"),
+        ("/disk/base", "base"),
         ("~/models/base/", "base"),
         ("/a/lora, merged into /b/base (llama)", "lora, merged into base (llama)"),
         ("org/model", "org/model"),
