@@ -19,6 +19,8 @@ from difftune.interruption import raise_pending, raising
 
 log = logging.getLogger(__name__)
 
+_PRIVATE_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/|,;()`]+/)*([^\s/|,;()`]+)/?")
+
 # In the hidden folder beside the place: who writes there holds the lock, which the system frees when it dies.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 
@@ -134,6 +136,7 @@ def model_card(name: str, *, about: str, usage: str, rows: Mapping[str, str], de
         The text.
     """
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    about, rows = without_folders(about), {what: without_folders(value) for what, value in rows.items()}
     table = "\n".join(f"| {what} | {value} |" for what, value in {**rows, "written with": versions}.items())
     below = f"\n{details}\n" if details else ""
     return f"""---
@@ -149,6 +152,16 @@ pipeline_tag: text-generation
 |---|---|
 {table}
 {below}"""
+
+
+def without_folders(text: str) -> str:
+    """A text in which a path from the root or the home folder is its last name: where it lay is the author's affair.
+
+    Example:
+        >>> without_folders("/disk/models/base, merged into org/model")
+        'base, merged into org/model'
+    """
+    return _PRIVATE_PATH.sub(r"\1", text)
 
 
 def _remove_leftovers(target: Path) -> None:

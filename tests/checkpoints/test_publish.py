@@ -202,3 +202,19 @@ def test_the_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/disk/base", "base"),
+        ("~/models/base/", "base"),
+        ("/a/lora, merged into /b/base (llama)", "lora, merged into base (llama)"),
+        ("org/model", "org/model"),
+        ("https://host/org/model", "https://host/org/model"),
+        ("checkpoints/main/step-00000005 of a difftune run", "checkpoints/main/step-00000005 of a difftune run"),
+    ],
+)
+def test_a_card_has_no_private_paths(text, shown):
+    card = model_card("m", about=f"Made of {text}", usage="", rows={"source": text})
+    assert f"Made of {shown} by" in card and f"| source | {shown} |" in card
