@@ -24,7 +24,7 @@ import yaml
 
 from difftune.environment import describe_environment
 from difftune.small_files import read_json_mapping, read_yaml_mapping
-from difftune.training.checkpoint_io import MANIFEST, find_damage, find_resumable
+from difftune.training.checkpoint_io import MANIFEST, find_damage, find_resumable, step_of
 from difftune.writing import one_writer, write_whole
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,27 @@ class RunFolder:
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
+
+    def check_resume(self, resume: str) -> None:
+        """Raise unless ``resume`` is a word that is known, or a checkpoint of this run.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        if resume in ("auto", "never"):
+            return
+        named, checkpoints = Path(resume).expanduser(), self.path / "checkpoints"
+        try:
+            is_there = named.is_dir() and named.resolve().parent.parent == checkpoints.resolve()
+        except (OSError, RuntimeError):  # links that lead to one another
+            is_there = False
+        if not is_there:
+            found = sorted(path.as_posix() for path in checkpoints.glob("*/step-*"))
+            example = f", such as {found[-1]}" if found else ", of which there is none yet"
+            raise ValueError(
+                f"resume must be auto, never, or a checkpoint of this run ({checkpoints}/STAGE/step-*{example}), "
+                f"got {resume!r}"
+            )
 
     def resume_point(self, stage: str, resume: str) -> Path | None:
         """The checkpoint that a stage goes on from, or None to begin.
@@ -158,6 +179,15 @@ class RunFolder:
         """Whether a stage ran to the end that it is given now; with a later one it goes on."""
         done = self.checkpoints(stage) / "done.json"
         return done.is_file() and read_json_mapping(done).get("end") == end
+
+    def has_its_end(self, stage: str) -> bool:
+        """Whether the newest whole checkpoint of a stage that has ended is that of its end, and not an older one.
+
+        Raises:
+            ValueError: If none of its checkpoints is whole.
+        """
+        step = read_json_mapping(self.checkpoints(stage) / "done.json").get("step")
+        return step_of(self.last_checkpoint(stage)) == step
 
 
 def _listing(folder: Path) -> dict[str, list[Any]]:

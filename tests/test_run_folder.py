@@ -81,3 +81,15 @@ def test_a_folder_is_a_run_by_its_environment_alone(folder, tmp_path):
     assert folder.is_run() and not RunFolder(tmp_path).is_run()
     (folder.path / "environment.json").write_text('{"mine": 1}')
     assert not folder.is_run()
+
+
+@pytest.mark.parametrize("resume", ["nevr", "yes", "Never", "", "/nonexistent/step-1", "LOOP", "OTHER", "STAGE"])
+def test_resume_is_a_word_that_is_known_or_a_checkpoint_of_the_run(folder, tmp_path, resume):
+    path = begin(folder)
+    other = begin(RunFolder(tmp_path / "other"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    given = {"LOOP": str(tmp_path / "loop"), "OTHER": str(other), "STAGE": str(path.parent)}.get(resume, resume)
+    with pytest.raises(ValueError, match=r"resume must be auto, never, or a checkpoint of this run .*step-00000005"):
+        folder.check_resume(given)
+    for known in ("auto", "never", str(path)):
+        folder.check_resume(known)

@@ -32,6 +32,7 @@ from difftune.commands.dry_run import dry_run_stage, report_size
 from difftune.commands.evaluate import evaluate_tasks
 from difftune.commands.prepare import check_quickly, prepare_stages
 from difftune.commands.result_inputs import describe_inputs
+from difftune.commands.stage_end import end_of, is_finished, require_training
 from difftune.config import Config, StageConfig
 from difftune.config.text import to_yaml
 from difftune.data.tokenizers import require_vocabulary
@@ -82,6 +83,7 @@ def fit(config: Config, *, dry_run: bool = False) -> int:
         _dry_run(config, build_tokenizer(config, of_run=True, write=False))
         return 0
     folder = RunFolder(config.run_dir)
+    folder.check_resume(config.resume)
     with folder.writing(is_first=is_first_rank()):
         tokenizer = build_tokenizer(config, of_run=True)
         recipe, config = config, settle_strategies(config, build_architecture(config.model, tokenizer))
@@ -102,8 +104,8 @@ def _fit(recipe: Config, config: Config, tokenizer: PreTrainedTokenizerBase, fol
     adapted: PeftModel | None = None
     before: Path | None = None
     with Preemption() as preemption:
-        for stage in stages:
-            if folder.has_ended(stage.name, _end_of(stage)):
+        for index, stage in enumerate(stages):
+            if is_finished(folder, stages, index):
                 log.info("stage %s has ended before: passed over", stage.name)
                 model, before = None, folder.last_checkpoint(stage.name)
                 continue
@@ -293,8 +295,10 @@ def _train(
     replicas = trainer.world_size // stage.trainer.fsdp.tensor_parallel_size
     module = build_module(stage, model, data, tokenizer, replicas, adapted=adapted)
     trainer.fit(module, data, ckpt_path=resume_from)
+    if preemption.exit_code is None:
+        require_training(stage.name, trainer.global_step, module.skipped_steps)
     if preemption.exit_code is None and trainer.is_global_zero:
-        folder.mark_ended(stage.name, trainer.global_step, _end_of(stage))
+        folder.mark_ended(stage.name, trainer.global_step, end_of(stage))
 
 
 def _finish(config: Config, folder: RunFolder, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -393,8 +397,3 @@ def _load_for_inference(
     tokenizer = build_tokenizer(config)
     require_vocabulary(tokenizer, model.config.vocab_size)
     return model, tokenizer
-
-
-def _end_of(stage: StageConfig) -> dict[str, Any]:
-    """What ends a stage; with another end it goes on."""
-    return {name: getattr(stage.trainer, name) for name in ("max_steps", "max_epochs", "max_time")}
