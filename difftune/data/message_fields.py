@@ -4,6 +4,7 @@ Roles and their usual other names, content as text or as parts of text, reasonin
 and turns that are not to be learned. What nobody here can learn is an error, so that nothing of a row is lost unseen.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
+    "function_call": "assistant",
+    "tool_calls": "assistant",
 }
 """Roles by their usual names; a tool's answer is read, and never learned."""
 
@@ -25,6 +28,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts"
 """Fields that hold the reasoning of a turn; templates call it by the first."""
 
 CALLS = ("tool_calls", "function_call")
+"""Fields, and in ShareGPT sets roles, that hold calls of tools."""
 _KNOWN = {"role", "from", "content", "value", "weight", "train", "loss", "name", "tool_call_id", *REASONING, *CALLS}
 
 
@@ -58,8 +62,11 @@ def _read_turn(turn: Any, column: str, role_key: str, content_key: str) -> dict[
             f"got {turn!r:.80}"
         )
     read: dict[str, Any] = {"role": ROLES[role]}
-    calls = _calls(turn, column)
     content = turn.get(content_key)
+    if role in CALLS:
+        # ShareGPT's way: the call is the text of a turn of its own.
+        turn, content = {**turn, "function_call": _json(content, column)}, None
+    calls = _calls(turn, column)
     if content is None and calls:
         content = ""
     read["content"] = _text_of(content, turn, column, role_key, content_key)
@@ -75,10 +82,10 @@ def _read_turn(turn: Any, column: str, role_key: str, content_key: str) -> dict[
         raise ValueError(f"a {role} turn of {column!r} calls a tool, which only an assistant turn can do")
     if calls:
         read["tool_calls"] = calls
-    for name in ("name", "tool_call_id"):
-        if name in given and read["role"] == "tool":
-            read[name] = given[name]
-    unknown = [name for name in given if name not in _KNOWN and isinstance(given[name], (str, list, Mapping))]
+    # Who speaks, and which call is answered: for templates that write it.
+    read |= {name: given[name] for name in ("name", "tool_call_id") if name in given}
+    # A number, such as a time, says nothing that could be learned; a mark such as `masked` says that something is not.
+    unknown = [name for name in given if name not in _KNOWN and isinstance(given[name], (str, list, Mapping, bool))]
     if unknown:
         raise ValueError(
             f"a turn of {column!r} has {', '.join(map(repr, unknown))}, which nothing here reads: what it says would "
@@ -104,6 +111,16 @@ def _text_of(content: Any, turn: Mapping[str, Any], column: str, role_key: str, 
     raise ValueError(
         f"a turn of {column!r} needs {role_key} (one of {', '.join(ROLES)}) and {content_key} (text), got {turn!r:.80}"
     )
+
+
+def _json(content: Any, column: str) -> Any:
+    """A call that stands as JSON in the text of a turn."""
+    try:
+        return json.loads(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise ValueError(
+            f"a call of a tool in {column!r} must be JSON with name and arguments, got {content!r:.60}"
+        ) from error
 
 
 def _calls(turn: Mapping[str, Any], column: str) -> list[Any]:

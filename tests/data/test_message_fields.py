@@ -47,6 +47,8 @@ def test_reasoning_is_kept_under_the_name_that_templates_read(name):
         ({"role": "assistant", "content": "", "tool_calls": "add(2, 2)"}, "tool_calls .* must be a list"),
         ({"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}, "needs the name of a function"),
         ({"role": "assistant", "content": "", "function_call": "add"}, "function_call .* must hold a name"),
+        ({"role": "function_call", "content": "add(2)"}, "must be JSON with name and arguments"),
+        ({"role": "assistant", "content": "x", "masked": True}, "has 'masked', which nothing here reads"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_by_name(turn, message):
@@ -81,6 +83,20 @@ def test_calls_and_what_tools_said_are_kept():
     assert tool_names([{"type": "function", "function": {"name": "add"}}, {"name": "sub"}]) == ["add", "sub"]
     with pytest.raises(ValueError, match="a tool of 'tools' needs a name"):
         tool_names(["add"])
+
+
+def test_a_call_in_a_turn_of_its_own_is_a_call_of_the_assistant():
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}
+    assert read({"from": "human", "value": "q"}, call, keys=("from", "value"))[1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+    }
+
+
+def test_a_name_is_kept_for_templates_that_write_it_and_a_time_is_not_text():
+    turn = {"role": "user", "content": "q", "name": "Ann", "created": 1700000000, "seen": None}
+    assert read(turn)[0] == {"role": "user", "content": "q", "name": "Ann"}
 
 
 def test_roles_and_parts_are_read_by_their_usual_names():
