@@ -85,7 +85,10 @@ def seeded() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     before = dict(os.environ)
+    terminated = signal.getsignal(signal.SIGTERM)
     yield
+    # Lightning leaves its handler there when a training ends with an error.
+    signal.signal(signal.SIGTERM, terminated)
     # A benchmark takes as many as it is told to. More than one would hang in a process that is forked after that.
     torch.set_num_threads(1)
     # Lightning leaves the port of its ranks there.

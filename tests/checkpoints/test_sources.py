@@ -75,7 +75,7 @@ def test_gguf_brings_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "m.gguf"
     path.touch()
     monkeypatch.setattr(sources, "read_gguf", lambda path, dtype: (model.config, model.state_dict()))
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: tokenizer)
+    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda folder, gguf_file, **options: tokenizer)
     assert_whole(path, model, "llama, GGUF")
     opened = open_source(path)
     assert opened.save_companions is not None

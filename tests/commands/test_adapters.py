@@ -98,7 +98,7 @@ def test_merge_writes_a_model_that_computes_what_base_and_adapter_do(
     assert weights == {getattr(torch, dtype or "float32")}
     assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert f"{adapter}, merged into {folders / attention}" in card
+    assert f"{adapter.name}, merged into {attention}" in card
 
 
 def test_export_of_an_adapter_as_merged_is_a_merge(folders, tmp_path):

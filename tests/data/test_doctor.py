@@ -64,7 +64,7 @@ def test_a_sound_set_has_no_finding_and_says_what_it_learns(look):
     refuse_faults([report])
     assert dict(report.delimiters) == {"<think>": 49}
     shown = report.text()
-    assert "openthoughts (by its columns conversations, system|correct)" in shown and "the R1 trace" in shown
+    assert "openthoughts (by its columns conversations, correct|problem)" in shown and "the R1 trace" in shown
     assert "<think> Start from 1. Add 2, that makes 3. </think>" in shown
 
 

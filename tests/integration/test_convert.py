@@ -148,7 +148,12 @@ def test_the_command_carries_along_what_belongs_to_a_model(
     ]
     assert abs(written["differences"][1]["nll_before"] - written["differences"][1]["nll_after"]) < 1e-5
     card = (out / "README.md").read_text()
-    assert str(tmp_path / "source") in card and "query heads doubled" in card and "text.txt (180 tokens)" in card
+    assert (
+        "converted from source" in card
+        and str(tmp_path) not in card
+        and "query heads doubled" in card
+        and "text.txt (180 tokens)" in card
+    )
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
     assert cli.main(command) == 2

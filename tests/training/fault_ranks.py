@@ -53,7 +53,7 @@ class SlowTask:
     def __init__(self, say):
         self.say = say
 
-    def run(self, model, tokenizer, *, part, should_stop, deadline):
+    def run(self, model, tokenizer, *, part, should_stop, deadline, on_block=None):
         self.say("evaluation")
         for _ in range(4 + 8 * part[0]):
             if should_stop():
