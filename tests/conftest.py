@@ -88,7 +88,8 @@ def seeded() -> Iterator[None]:
     terminated = signal.getsignal(signal.SIGTERM)
     yield
     # Lightning leaves its handler there when a training ends with an error.
-    signal.signal(signal.SIGTERM, terminated)
+    if terminated is not None and signal.getsignal(signal.SIGTERM) != terminated:
+        signal.signal(signal.SIGTERM, terminated)
     # A benchmark takes as many as it is told to. More than one would hang in a process that is forked after that.
     torch.set_num_threads(1)
     # Lightning leaves the port of its ranks there.
